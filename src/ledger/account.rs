@@ -1,0 +1,325 @@
+//! The account of one call site: what it allocated, what is still alive, and of which ages.
+//!
+//! One writer, the process that owns the account; any number of readers in other processes, which copy it under a
+//! sequence lock and never make the writer wait.
+
+use std::sync::atomic::{AtomicI64, AtomicU32, AtomicU64, Ordering::*, fence};
+
+/// Ages are kept in this many bins of equal width, which doubles when the site outlives them.
+pub const BINS: usize = 16;
+/// Live bytes at the latest walks are kept for this many walks.
+pub const HISTORY: usize = 16;
+
+/// Who, when and for which statement an allocation was made.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Stamp {
+    /// The process's count of work: statements, forks or windows, from 1.
+    pub epoch: u32,
+    /// Microseconds since 2000-01-01, as a `timestamptz`.
+    pub now: i64,
+    /// 0 where unknown.
+    pub query_id: i64,
+}
+
+#[derive(Default)]
+#[repr(C)]
+struct Bin {
+    /// Records alive of these epochs.
+    live: AtomicU32,
+    /// Distinct epochs among them; exact until some of them are freed, never above `live`.
+    generations: AtomicU32,
+}
+
+/// In shared memory; all zero bytes are an unused account.
+#[derive(Default)]
+#[repr(C, align(64))]
+pub struct Site {
+    sequence: AtomicU32,
+    inexact: AtomicU32,
+    stack: AtomicU32,
+    path: AtomicU32,
+    alloc_count: AtomicU64,
+    alloc_bytes: AtomicU64,
+    live_count: AtomicU64,
+    live_bytes: AtomicU64,
+    first_seen: AtomicI64,
+    last_seen: AtomicI64,
+    query_id: AtomicI64,
+    first_epoch: AtomicU32,
+    last_epoch: AtomicU32,
+    bin_shift: AtomicU32,
+    bins: [Bin; BINS],
+    history: [AtomicU64; HISTORY],
+}
+
+/// A consistent copy of a [`Site`].
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct SiteCopy {
+    pub stack: u32,
+    pub path: u32,
+    /// False once a record was thinned out or sampled.
+    pub exact: bool,
+    pub alloc_count: u64,
+    pub alloc_bytes: u64,
+    pub live_count: u64,
+    pub live_bytes: u64,
+    pub first_seen: i64,
+    pub last_seen: i64,
+    pub query_id: i64,
+    pub first_epoch: u32,
+    pub last_epoch: u32,
+    /// Epochs per bin.
+    pub bin_width: u64,
+    /// (records alive, distinct epochs among them), oldest first.
+    pub bins: [(u32, u32); BINS],
+    /// Live bytes at the latest walks, indexed by the process's walk number modulo [`HISTORY`].
+    pub history: [u64; HISTORY],
+}
+
+#[inline]
+fn add(cell: &AtomicU64, by: u64) {
+    cell.store(cell.load(Relaxed).wrapping_add(by), Relaxed);
+}
+
+#[inline]
+fn sub(cell: &AtomicU64, by: u64) {
+    cell.store(cell.load(Relaxed).saturating_sub(by), Relaxed);
+}
+
+const SHIFT: u32 = super::sampling::ONE.trailing_zeros();
+
+fn whole(fixed: u64) -> u64 {
+    (fixed + (1 << (SHIFT - 1))) >> SHIFT
+}
+
+impl Site {
+    /// Makes a fresh account of it. Owner only.
+    pub fn open(&self, stack: u32, path: u32) {
+        let write = self.write();
+        for cell in [&self.alloc_count, &self.alloc_bytes, &self.live_count, &self.live_bytes] {
+            cell.store(0, Relaxed);
+        }
+        for cell in [&self.first_seen, &self.last_seen, &self.query_id] {
+            cell.store(0, Relaxed);
+        }
+        for cell in [&self.inexact, &self.first_epoch, &self.last_epoch, &self.bin_shift] {
+            cell.store(0, Relaxed);
+        }
+        for bin in &self.bins {
+            bin.live.store(0, Relaxed);
+            bin.generations.store(0, Relaxed);
+        }
+        for cell in &self.history {
+            cell.store(0, Relaxed);
+        }
+        self.stack.store(stack, Relaxed);
+        self.path.store(path, Relaxed);
+        drop(write);
+    }
+
+    /// Closes it: readers skip it from now on.
+    pub fn close(&self) {
+        let write = self.write();
+        self.stack.store(0, Relaxed);
+        drop(write);
+    }
+
+    #[inline]
+    fn write(&self) -> Write<'_> {
+        let sequence = self.sequence.load(Relaxed) | 1;
+        self.sequence.store(sequence, Relaxed);
+        fence(Release);
+        Write { sequence: &self.sequence, next: sequence.wrapping_add(1) }
+    }
+
+    /// Counts an allocation that gets no record.
+    #[inline]
+    pub fn count(&self, size: u64, weight: u64, stamp: Stamp) {
+        let _write = self.write();
+        self.note(size, weight, stamp);
+    }
+
+    /// Counts an allocation and its record. `alloc_weight` is what it stands for among all allocations,
+    /// `live_weight` among those alive: they differ when every allocation is counted but not every one recorded.
+    #[inline]
+    pub fn record(&self, size: u64, alloc_weight: u64, live_weight: u64, stamp: Stamp) {
+        let _write = self.write();
+        let fresh = self.last_epoch.load(Relaxed) != stamp.epoch;
+        self.note(size, alloc_weight, stamp);
+        add(&self.live_count, live_weight);
+        add(&self.live_bytes, live_weight * size);
+        let bin = self.bin_for(stamp.epoch);
+        bin.live.store(bin.live.load(Relaxed).saturating_add(1), Relaxed);
+        let generations = bin.generations.load(Relaxed);
+        if fresh || generations == 0 {
+            bin.generations.store(generations + 1, Relaxed);
+        }
+    }
+
+    #[inline]
+    fn note(&self, size: u64, weight: u64, stamp: Stamp) {
+        if self.first_epoch.load(Relaxed) == 0 {
+            self.first_epoch.store(stamp.epoch, Relaxed);
+            self.first_seen.store(stamp.now, Relaxed);
+        }
+        self.last_epoch.store(stamp.epoch, Relaxed);
+        self.last_seen.store(stamp.now, Relaxed);
+        self.query_id.store(stamp.query_id, Relaxed);
+        add(&self.alloc_count, weight);
+        add(&self.alloc_bytes, weight * size);
+    }
+
+    /// Ends a record that was alive since `epoch`.
+    #[inline]
+    pub fn end(&self, size: u64, live_weight: u64, epoch: u32) {
+        let _write = self.write();
+        sub(&self.live_count, live_weight);
+        sub(&self.live_bytes, live_weight * size);
+        self.leave(epoch);
+    }
+
+    /// A record now stands for more, since others like it were thinned out.
+    pub fn reweigh(&self, size: u64, old: u64, new: u64) {
+        let _write = self.write();
+        sub(&self.live_count, old);
+        add(&self.live_count, new);
+        sub(&self.live_bytes, old * size);
+        add(&self.live_bytes, new * size);
+        self.inexact.store(1, Relaxed);
+    }
+
+    pub fn set_inexact(&self) {
+        self.inexact.store(1, Relaxed);
+    }
+
+    /// Moves one record and its allocation from this account to another: its context changed its path.
+    pub fn hand_over(&self, to: &Site, size: u64, weight: u64, epoch: u32) {
+        let (now, query_id, inexact) =
+            (self.last_seen.load(Relaxed), self.query_id.load(Relaxed), self.inexact.load(Relaxed));
+        {
+            let _write = self.write();
+            sub(&self.alloc_count, weight);
+            sub(&self.alloc_bytes, weight * size);
+        }
+        self.end(size, weight, epoch);
+        // An account's bins start at its first epoch, so an older record joins the oldest bin.
+        let first = to.first_epoch.load(Relaxed);
+        let last = to.last_epoch.load(Relaxed);
+        to.record(size, weight, weight, Stamp { epoch: epoch.max(first), now, query_id });
+        to.last_epoch.store(last.max(epoch), Relaxed);
+        if inexact != 0 {
+            to.set_inexact();
+        }
+    }
+
+    fn leave(&self, epoch: u32) {
+        let age = epoch.saturating_sub(self.first_epoch.load(Relaxed)) >> self.bin_shift.load(Relaxed);
+        let bin = &self.bins[(age as usize).min(BINS - 1)];
+        let live = bin.live.load(Relaxed).saturating_sub(1);
+        bin.live.store(live, Relaxed);
+        if bin.generations.load(Relaxed) > live {
+            bin.generations.store(live, Relaxed);
+        }
+    }
+
+    #[inline]
+    fn bin_for(&self, epoch: u32) -> &Bin {
+        let age = epoch.saturating_sub(self.first_epoch.load(Relaxed));
+        while (age >> self.bin_shift.load(Relaxed)) as usize >= BINS {
+            self.widen();
+        }
+        &self.bins[(age >> self.bin_shift.load(Relaxed)) as usize]
+    }
+
+    #[cold]
+    fn widen(&self) {
+        for i in 0..BINS {
+            let sum = |field: fn(&Bin) -> &AtomicU32| {
+                if i < BINS / 2 {
+                    field(&self.bins[2 * i]).load(Relaxed) + field(&self.bins[2 * i + 1]).load(Relaxed)
+                } else {
+                    0
+                }
+            };
+            let (live, generations) = (sum(|b| &b.live), sum(|b| &b.generations));
+            self.bins[i].live.store(live, Relaxed);
+            self.bins[i].generations.store(generations, Relaxed);
+        }
+        self.bin_shift.store(self.bin_shift.load(Relaxed) + 1, Relaxed);
+    }
+
+    /// Notes the live bytes at the process's walk of this number.
+    pub fn walked(&self, walk: u32) {
+        let bytes = whole(self.live_bytes.load(Relaxed));
+        // A site that is younger than the window had nothing before.
+        self.history[walk as usize % HISTORY].store(bytes, Relaxed);
+    }
+
+    pub fn stack(&self) -> u32 {
+        self.stack.load(Relaxed)
+    }
+
+    pub fn path(&self) -> u32 {
+        self.path.load(Relaxed)
+    }
+
+    /// Allocations of it that are alive, rounded.
+    pub fn live_count(&self) -> u64 {
+        whole(self.live_count.load(Relaxed))
+    }
+
+    /// A copy that no write tore, or None for an unused account and one whose writer died within a write.
+    pub fn copy(&self) -> Option<SiteCopy> {
+        for _ in 0..10_000 {
+            let before = self.sequence.load(Acquire);
+            if before & 1 == 0 {
+                let copy = self.copy_unchecked();
+                fence(Acquire);
+                if self.sequence.load(Relaxed) == before {
+                    return (copy.stack != 0).then_some(copy);
+                }
+            }
+            std::hint::spin_loop();
+        }
+        None
+    }
+
+    fn copy_unchecked(&self) -> SiteCopy {
+        let count = |c: &AtomicU64| whole(c.load(Relaxed));
+        let (alloc_count, alloc_bytes) = (count(&self.alloc_count), count(&self.alloc_bytes));
+        SiteCopy {
+            stack: self.stack.load(Relaxed),
+            path: self.path.load(Relaxed),
+            exact: self.inexact.load(Relaxed) == 0,
+            alloc_count,
+            alloc_bytes,
+            // Where every allocation is counted but only a sample is followed, the estimate of what is alive may
+            // exceed the truth of what there was.
+            live_count: count(&self.live_count).min(alloc_count),
+            live_bytes: count(&self.live_bytes).min(alloc_bytes),
+            first_seen: self.first_seen.load(Relaxed),
+            last_seen: self.last_seen.load(Relaxed),
+            query_id: self.query_id.load(Relaxed),
+            first_epoch: self.first_epoch.load(Relaxed),
+            last_epoch: self.last_epoch.load(Relaxed),
+            bin_width: 1 << self.bin_shift.load(Relaxed).min(63),
+            bins: std::array::from_fn(|i| {
+                (self.bins[i].live.load(Relaxed), self.bins[i].generations.load(Relaxed))
+            }),
+            history: std::array::from_fn(|i| self.history[i].load(Relaxed)),
+        }
+    }
+}
+
+/// The odd phase of the sequence lock.
+struct Write<'a> {
+    sequence: &'a AtomicU32,
+    next: u32,
+}
+
+impl Drop for Write<'_> {
+    #[inline]
+    fn drop(&mut self) {
+        self.sequence.store(self.next, Release);
+    }
+}

@@ -1,0 +1,52 @@
+//! Poisson sampling by bytes, and the weights that make its estimates unbiased.
+//!
+//! Each byte starts a sample with probability 1/R. An allocation of s bytes is therefore recorded with
+//! p = 1 - exp(-s/R), and its record stands for 1/p allocations and s/p bytes. Weights are 48.16 fixed point, so
+//! that what was added is subtracted to the bit.
+
+/// One allocation, in the fixed point of the accounts.
+pub const ONE: u64 = 1 << 16;
+
+/// A sampling rate: 0 records everything, else the mean number of bytes between two samples.
+pub type Rate = u64;
+
+/// The chance that an allocation of `size` bytes gets a record at this rate.
+pub fn probability(size: u64, rate: Rate) -> f64 {
+    if rate == 0 { 1.0 } else { -(-(size.max(1) as f64) / rate as f64).exp_m1() }
+}
+
+/// How many allocations a record of this size and rate stands for, in units of 1/[`ONE`].
+#[inline]
+pub fn weight(size: u64, rate: Rate) -> u64 {
+    if rate == 0 { ONE } else { (ONE as f64 / probability(size, rate)).round() as u64 }
+}
+
+/// A small generator (xorshift64*): sampling needs speed and no secrets.
+pub struct Rng(u64);
+
+impl Rng {
+    pub const fn new(seed: u64) -> Self {
+        Rng(seed ^ 0x9E37_79B9_7F4A_7C15 | 1)
+    }
+
+    fn next(&mut self) -> u64 {
+        self.0 ^= self.0 >> 12;
+        self.0 ^= self.0 << 25;
+        self.0 ^= self.0 >> 27;
+        self.0.wrapping_mul(0x2545_F491_4F6C_DD1D)
+    }
+
+    /// Uniform in (0, 1].
+    pub fn unit(&mut self) -> f64 {
+        ((self.next() >> 11) + 1) as f64 / (1u64 << 53) as f64
+    }
+
+    /// Bytes until the next sample: geometric with mean `rate`.
+    pub fn gap(&mut self, rate: Rate) -> i64 {
+        if rate <= 1 {
+            return 1;
+        }
+        let gap = (self.unit().ln() / (-1.0 / rate as f64).ln_1p()).floor() + 1.0;
+        gap.min(i64::MAX as f64 / 4.0) as i64
+    }
+}

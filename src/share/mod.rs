@@ -1,0 +1,205 @@
+//! The mapping that all processes of a cluster see: a slot per process, tables of accounts, three dictionaries.
+//!
+//! It is rheap's own, made before the first fork, and not the server's shared memory: the postmaster may not depend
+//! on what a crashing backend can corrupt, and the server empties its own just when the evidence is needed.
+
+pub mod dictionary;
+pub mod pool;
+pub mod row;
+pub mod slot;
+
+use std::sync::atomic::{AtomicU64, Ordering::*};
+
+use crate::ledger::{Sites, account::Site};
+use dictionary::Dictionary;
+use pool::{CHUNK, Pool};
+use row::Row;
+use slot::Slot;
+
+/// Rows of context paths that a process needs on average.
+const ROWS_PER_PROCESS: usize = 96;
+const PATHS: usize = 16384;
+const MODULES: usize = 512;
+
+#[derive(Clone, Copy)]
+pub struct Share {
+    pub slots: &'static [Slot],
+    pub sites: Pool<Site>,
+    pub rows: Pool<Row>,
+    /// Words: (module << 48 | offset) for each return address, innermost first; see `stack`.
+    pub stacks: Dictionary,
+    /// Words: the id of the parent's path, then the packed name.
+    pub paths: Dictionary,
+    /// Words: the packed path of the file.
+    pub modules: Dictionary,
+    /// Whether the whole cluster shares it, or this session has it for itself.
+    pub cluster: bool,
+}
+
+impl Sites for Share {
+    fn site(&self, id: u32) -> &Site {
+        &self.sites.rows[id as usize]
+    }
+}
+
+/// Cuts a mapping into arrays.
+struct Cutter {
+    at: usize,
+    base: *mut u8,
+}
+
+impl Cutter {
+    fn cut<T>(&mut self, count: usize) -> &'static [T] {
+        self.at = self.at.next_multiple_of(align_of::<T>());
+        let start = self.at;
+        self.at += count * size_of::<T>();
+        if self.base.is_null() {
+            return &[];
+        }
+        // SAFETY: the mapping is as large as the first, dry cut found, is never unmapped, and all types cut from it
+        // are made of atomics, for which zeroed memory is valid and sharing is defined.
+        unsafe { std::slice::from_raw_parts(self.base.add(start).cast(), count) }
+    }
+
+    fn dictionary(&mut self, entries: usize, words: usize) -> Dictionary {
+        let (entries, words) = (self.cut(entries), self.cut(words));
+        static NONE: AtomicU64 = AtomicU64::new(0);
+        Dictionary { entries, words, used: self.cut::<AtomicU64>(1).first().unwrap_or(&NONE) }
+    }
+
+    fn pool<T>(&mut self, rows: usize) -> Pool<T> {
+        let chunks = rows.div_ceil(CHUNK);
+        Pool { owners: self.cut(chunks), rows: self.cut(chunks * CHUNK) }
+    }
+
+    fn share(&mut self, processes: usize, call_sites: usize, cluster: bool) -> Share {
+        Share {
+            slots: self.cut(processes),
+            sites: self.pool(call_sites),
+            rows: self.pool(processes * ROWS_PER_PROCESS),
+            stacks: self.dictionary(call_sites * 2, call_sites * 32),
+            paths: self.dictionary(PATHS, PATHS * 8),
+            modules: self.dictionary(MODULES, MODULES * 16),
+            cluster,
+        }
+    }
+}
+
+impl Share {
+    /// Maps it. Pages are used when touched. Error: what the system said.
+    pub fn map(processes: usize, call_sites: usize, cluster: bool) -> std::io::Result<Share> {
+        let mut dry = Cutter { at: 0, base: std::ptr::null_mut() };
+        dry.share(processes, call_sites, cluster);
+        // SAFETY: a fresh anonymous mapping.
+        let base = unsafe {
+            libc::mmap(
+                std::ptr::null_mut(),
+                dry.at,
+                libc::PROT_READ | libc::PROT_WRITE,
+                libc::MAP_SHARED | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE,
+                -1,
+                0,
+            )
+        };
+        if base == libc::MAP_FAILED {
+            return Err(std::io::Error::last_os_error());
+        }
+        Ok(Cutter { at: 0, base: base.cast() }.share(processes, call_sites, cluster))
+    }
+
+    /// Takes a slot for this process: a free one, else one whose process is gone.
+    pub fn claim_slot(&self, pid: i32, backend_type: i32) -> Option<u32> {
+        let take = |index: usize, expected: i32| {
+            let slot = &self.slots[index];
+            slot.pid.compare_exchange(expected, pid, AcqRel, Relaxed).is_ok().then(|| {
+                // What a predecessor left that never said goodbye.
+                self.sites.release(index as u32, Site::close);
+                self.rows.release(index as u32, Row::close);
+                slot.open(backend_type);
+                index as u32
+            })
+        };
+        let start = pid as usize % self.slots.len();
+        let order = || (0..self.slots.len()).map(|i| (start + i) % self.slots.len());
+        order().filter(|&i| self.slots[i].pid.load(Relaxed) == 0).find_map(|i| take(i, 0)).or_else(|| {
+            order().find_map(|i| {
+                let owner = self.slots[i].pid.load(Relaxed);
+                (!slot::alive(owner)).then(|| take(i, owner)).flatten()
+            })
+        })
+    }
+
+    /// Gives a slot back with all that belongs to it, if `pid` owns it.
+    pub fn release_slot(&self, index: u32, pid: i32) {
+        let slot = &self.slots[index as usize];
+        if slot.pid.load(Acquire) == pid {
+            self.sites.release(index, Site::close);
+            self.rows.release(index, Row::close);
+            slot.pid.store(0, Release);
+        }
+    }
+
+    /// Slots of processes that live, with their numbers.
+    pub fn live_slots(&self) -> impl Iterator<Item = (u32, &'static Slot)> + '_ {
+        self.slots.iter().enumerate().filter(|(_, s)| slot::alive(s.pid.load(Acquire))).map(|(i, s)| (i as u32, s))
+    }
+
+    /// The names along a context path, from the top, joined by `/`.
+    pub fn path_name(&self, path: u32) -> String {
+        let mut names = Vec::new();
+        let mut id = path;
+        while id != 0 && names.len() < 64 {
+            let Some((parent, name)) = dictionary::unpack(&self.paths.get(id)) else { break };
+            names.push(name);
+            id = parent as u32;
+        }
+        names.reverse();
+        names.join("/")
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_slot_is_recycled_when_its_process_is_gone() {
+        let share = Share::map(3, 64, true).unwrap();
+        let me = std::process::id() as i32;
+        let mut child = std::process::Command::new("true").spawn().unwrap();
+        let gone = child.id() as i32;
+        child.wait().unwrap();
+        let first = share.claim_slot(gone, 4).unwrap();
+        let chunk = share.sites.claim(first).unwrap();
+        share.sites.rows[chunk * CHUNK].open(7, 8);
+        assert!(share.claim_slot(me, 4).is_some() && share.claim_slot(me, 4).is_some());
+        assert_eq!(share.live_slots().count(), 2);
+        assert_eq!(share.claim_slot(me, 4), Some(first));
+        assert_eq!(share.sites.owned(first).count(), 0);
+        assert_eq!(share.sites.rows[chunk * CHUNK].copy(), None);
+        assert_eq!(share.claim_slot(me, 4), None, "every slot belongs to a live process");
+    }
+
+    #[test]
+    fn chunks_run_out_and_come_back() {
+        let share = Share::map(4, 2 * CHUNK, true).unwrap();
+        let mut cursor = pool::Cursor::default();
+        let rows: Vec<u32> = std::iter::from_fn(|| cursor.take(&share.sites, 1)).collect();
+        assert_eq!(rows.len(), 2 * CHUNK);
+        assert_eq!(share.sites.owned(1).count(), 2);
+        share.sites.release(1, Site::close);
+        assert!(share.sites.claim(2).is_some());
+    }
+
+    #[test]
+    fn a_path_reads_from_the_top() {
+        let share = Share::map(1, 16, false).unwrap();
+        let mut words = [0; 64];
+        let mut parent = 0;
+        for name in ["TopMemoryContext", "CacheMemoryContext", "CachedPlan"] {
+            let n = dictionary::pack(parent as u64, name.as_bytes(), &mut words);
+            parent = share.paths.intern(&words[..n]);
+        }
+        assert_eq!(share.path_name(parent), "TopMemoryContext/CacheMemoryContext/CachedPlan");
+    }
+}

@@ -1,0 +1,73 @@
+//! Shared tables whose rows belong to one process at a time, in chunks.
+//!
+//! A chunk is owned by whoever's slot number stands in its owner word: one compare-and-swap takes it, so a process
+//! that dies at any moment leaves nothing half-claimed, and its slot's successor finds what to give back.
+
+use std::sync::atomic::{AtomicU32, Ordering::*};
+
+pub const CHUNK: usize = 16;
+
+pub struct Pool<T: 'static> {
+    pub owners: &'static [AtomicU32],
+    pub rows: &'static [T],
+}
+
+impl<T> Clone for Pool<T> {
+    fn clone(&self) -> Self {
+        *self
+    }
+}
+impl<T> Copy for Pool<T> {}
+
+impl<T> Pool<T> {
+    /// Takes a free chunk for a slot and returns its number. None when every chunk has an owner.
+    pub fn claim(&self, slot: u32) -> Option<usize> {
+        // Slots start their search at different places, so that they seldom meet.
+        let start = slot as usize * 7;
+        (0..self.owners.len()).map(|i| (start + i) % self.owners.len()).find(|&chunk| {
+            self.owners[chunk].load(Relaxed) == 0
+                && self.owners[chunk].compare_exchange(0, slot + 1, AcqRel, Relaxed).is_ok()
+        })
+    }
+
+    /// Numbers of the chunks that a slot owns.
+    pub fn owned(&self, slot: u32) -> impl Iterator<Item = usize> + '_ {
+        (0..self.owners.len()).filter(move |&chunk| self.owners[chunk].load(Acquire) == slot + 1)
+    }
+
+    /// The rows of a chunk, with their ids.
+    pub fn rows_of(&self, chunk: usize) -> impl Iterator<Item = (u32, &'static T)> + '_ {
+        (chunk * CHUNK..(chunk + 1) * CHUNK).map(|id| (id as u32, &self.rows[id]))
+    }
+
+    /// Gives back all chunks of a slot, each after `close` has been called with its rows.
+    pub fn release(&self, slot: u32, close: impl Fn(&T)) {
+        for chunk in self.owned(slot) {
+            self.rows_of(chunk).for_each(|(_, row)| close(row));
+            self.owners[chunk].store(0, Release);
+        }
+    }
+}
+
+/// The chunks of one pool that this process owns, used one row after another.
+#[derive(Clone, Copy, Default)]
+pub struct Cursor {
+    next: u32,
+    end: u32,
+    /// Chunks taken so far.
+    pub chunks: usize,
+}
+
+impl Cursor {
+    /// A row that nobody uses. None when the pool is exhausted.
+    pub fn take<T>(&mut self, pool: &Pool<T>, slot: u32) -> Option<u32> {
+        if self.next == self.end {
+            let chunk = pool.claim(slot)?;
+            self.next = (chunk * CHUNK) as u32;
+            self.end = self.next + CHUNK as u32;
+            self.chunks += 1;
+        }
+        self.next += 1;
+        Some(self.next - 1)
+    }
+}

@@ -1,0 +1,64 @@
+//! What one process says about itself. Written by that process only.
+
+use std::sync::atomic::{AtomicI32, AtomicI64, AtomicU32, AtomicU64, Ordering::*};
+
+use crate::ledger::account::HISTORY;
+
+/// All zero bytes are a free slot.
+#[derive(Default)]
+#[repr(C, align(128))]
+pub struct Slot {
+    /// Who owns the slot; 0: nobody.
+    pub pid: AtomicI32,
+    /// `BackendType` of the server, as far as known; [`POSTMASTER`] for the postmaster.
+    pub backend_type: AtomicI32,
+    /// Ordinal of `rheap.mode` as it is in effect.
+    pub mode: AtomicU32,
+    /// The process's count of work.
+    pub epoch: AtomicU32,
+    pub watched_contexts: AtomicU32,
+    pub walks: AtomicU32,
+    pub allocations: AtomicU64,
+    pub frees: AtomicU64,
+    pub captures: AtomicU64,
+    pub dropped: AtomicU64,
+    pub own_bytes: AtomicU64,
+    pub context_bytes: AtomicU64,
+    pub walk_times: [AtomicI64; HISTORY],
+    /// Raised by whoever wants the history forgotten; the owner follows with `resets_done`.
+    pub resets_wanted: AtomicU32,
+    pub resets_done: AtomicU32,
+}
+
+pub const POSTMASTER: i32 = -1;
+
+impl Slot {
+    /// Whether the owner still has to follow a wish to forget; its accounts count as empty until then.
+    pub fn reset_pending(&self) -> bool {
+        self.resets_wanted.load(Acquire) != self.resets_done.load(Acquire)
+    }
+
+    /// Empties everything but the owner.
+    pub fn open(&self, backend_type: i32) {
+        self.backend_type.store(backend_type, Relaxed);
+        for cell in [&self.mode, &self.watched_contexts, &self.walks] {
+            cell.store(0, Relaxed);
+        }
+        for cell in
+            [&self.allocations, &self.frees, &self.captures, &self.dropped, &self.own_bytes, &self.context_bytes]
+        {
+            cell.store(0, Relaxed);
+        }
+        for cell in &self.walk_times {
+            cell.store(0, Relaxed);
+        }
+        self.epoch.store(1, Relaxed);
+        self.resets_done.store(self.resets_wanted.load(Relaxed), Relaxed);
+    }
+}
+
+/// True while a process of this id exists.
+pub fn alive(pid: i32) -> bool {
+    // SAFETY: signal 0 only asks.
+    pid > 0 && (unsafe { libc::kill(pid, 0) } == 0 || std::io::Error::last_os_error().raw_os_error() == Some(libc::EPERM))
+}
