@@ -1,2 +1,3 @@
 pub mod ledger;
 pub mod share;
+pub mod stack;

@@ -1,0 +1,165 @@
+//! How to get from a frame to its caller, out of a module's `.eh_frame`: read once per return address, kept compact.
+
+use gimli::{
+    BaseAddresses, CfaRule, EhFrame, EhFrameHdr, EhHdrTable, EndianSlice, FrameDescriptionEntry, NativeEndian,
+    ParsedEhFrameHdr, Register, RegisterRule, UnwindContext, UnwindContextStorage, UnwindSection, UnwindTableRow,
+    X86_64,
+};
+
+use super::modules::Module;
+
+/// The caller's frame in terms of this one's registers. The return address lies just below the CFA.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct Rule {
+    pub kind: Kind,
+    /// The CFA is the base register plus this many bytes.
+    pub cfa_offset: i32,
+    /// The caller's frame pointer is stored this many bytes from the CFA; 0 where it is unchanged.
+    pub bp_offset: i32,
+}
+
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub enum Kind {
+    /// No rule, or one that is not worth keeping: the walk is cut here.
+    #[default]
+    Unknown,
+    Sp,
+    Bp,
+    /// The process's first frame.
+    Outermost,
+}
+
+/// gimli's working memory, on the stack: there is no malloc inside a palloc.
+struct OnStack;
+
+impl UnwindContextStorage<usize> for OnStack {
+    type Rules = [(Register, RegisterRule<usize>); 24];
+    type Stack = [UnwindTableRow<usize, Self>; 3];
+}
+
+type Slice = EndianSlice<'static, NativeEndian>;
+
+struct Sections {
+    header: ParsedEhFrameHdr<Slice>,
+    frames: EhFrame<Slice>,
+    bases: BaseAddresses,
+}
+
+fn memory(start: u64, end: u64) -> Slice {
+    // SAFETY: callers pass ranges inside one PT_LOAD segment of a module that the dynamic linker has mapped.
+    EndianSlice::new(unsafe { std::slice::from_raw_parts(start as *const u8, (end - start) as usize) }, NativeEndian)
+}
+
+fn sections(module: &Module) -> Option<Sections> {
+    if module.eh_frame_hdr == 0 || module.eh_end <= module.eh_frame_hdr {
+        return None;
+    }
+    let bases = BaseAddresses::default().set_eh_frame_hdr(module.eh_frame_hdr).set_text(module.start);
+    let header = EhFrameHdr::from(memory(module.eh_frame_hdr, module.eh_end)).parse(&bases, 8).ok()?;
+    let gimli::Pointer::Direct(frames) = header.eh_frame_ptr() else { return None };
+    // Where .eh_frame lies in the same segment as its header, its end is the segment's.
+    if frames < module.eh_frame_hdr || frames >= module.eh_end {
+        return None;
+    }
+    let bases = bases.set_eh_frame(frames);
+    Some(Sections { header, frames: EhFrame::from(memory(frames, module.eh_end)), bases })
+}
+
+/// The rule for a return address inside the module.
+pub fn find(module: &Module, return_address: u64) -> Rule {
+    read(module, return_address).unwrap_or_default()
+}
+
+fn read(module: &Module, return_address: u64) -> Option<Rule> {
+    let Sections { header, frames, bases } = sections(module)?;
+    let table = header.table()?;
+    let mut context = UnwindContext::<usize, OnStack>::new_in();
+    // The return address may be the first of the next function; the call lies before it.
+    let address = return_address - 1;
+    let fde = table.fde_for_address(&frames, &bases, address, EhFrame::cie_from_offset).ok()?;
+    if fde.is_signal_trampoline() {
+        return None;
+    }
+    let row = fde.unwind_info_for_address(&frames, &bases, &mut context, address).ok()?;
+    rule_of(row)
+}
+
+fn rule_of(row: &UnwindTableRow<usize, OnStack>) -> Option<Rule> {
+    let return_address = row.register(X86_64::RA);
+    if return_address == Some(RegisterRule::Undefined) {
+        return Some(Rule { kind: Kind::Outermost, ..Rule::default() });
+    }
+    if return_address != Some(RegisterRule::Offset(-8)) {
+        return None;
+    }
+    let CfaRule::RegisterAndOffset { register, offset } = *row.cfa() else { return None };
+    let kind = match register {
+        X86_64::RSP => Kind::Sp,
+        X86_64::RBP => Kind::Bp,
+        _ => return None,
+    };
+    let bp_offset = match row.register(X86_64::RBP) {
+        None | Some(RegisterRule::SameValue | RegisterRule::Undefined) => 0,
+        Some(RegisterRule::Offset(offset)) => offset,
+        Some(_) => return None,
+    };
+    Some(Rule { kind, cfa_offset: i32::try_from(offset).ok()?, bp_offset: i32::try_from(bp_offset).ok()? })
+}
+
+/// The functions to look at before a module's frame pointers are trusted.
+const PROBES: usize = 200;
+const FEWEST: usize = 16;
+
+/// Whether nearly all functions of the module with a frame keep the frame pointer in it, judged by a sample of its
+/// unwind tables: a compiler flag holds for a whole build, hand-written assembly aside.
+pub fn keeps_frame_pointers(module: &Module) -> bool {
+    let Some(Sections { header, frames, bases }) = sections(module) else { return false };
+    let Some(table) = header.table() else { return false };
+    let mut context = UnwindContext::<usize, OnStack>::new_in();
+    let (mut with, mut without) = (0, 0);
+    let count = entries(&table, &bases);
+    let mut iterator = table.iter(&bases);
+    for _ in 0..PROBES.min(count) {
+        let Ok(Some((_, pointer))) = iterator.nth((count / PROBES).saturating_sub(1)) else { break };
+        let Ok(offset) = table.pointer_to_offset(pointer) else { return false };
+        let Ok(fde) = frames.fde_from_offset(&bases, offset, EhFrame::cie_from_offset) else { continue };
+        match frame_kind(&fde, &frames, &bases, &mut context) {
+            Some(true) => with += 1,
+            Some(false) => without += 1,
+            None => (),
+        }
+    }
+    with >= FEWEST && without * 50 <= with
+}
+
+fn entries(table: &EhHdrTable<'_, Slice>, bases: &BaseAddresses) -> usize {
+    let mut iterator = table.iter(bases);
+    let mut count = 0;
+    while let Ok(Some(_)) = iterator.next() {
+        count += 1;
+    }
+    count
+}
+
+/// Over most of the function: true for a frame with frame pointer, false for one without, None for no frame.
+fn frame_kind(
+    fde: &FrameDescriptionEntry<Slice>,
+    frames: &EhFrame<Slice>,
+    bases: &BaseAddresses,
+    context: &mut UnwindContext<usize, OnStack>,
+) -> Option<bool> {
+    let mut rows = fde.rows(frames, bases, context).ok()?;
+    let (mut longest, mut kind) = (0, None);
+    while let Ok(Some(row)) = rows.next_row() {
+        let length = row.end_address().saturating_sub(row.start_address());
+        if length > longest {
+            longest = length;
+            kind = match *row.cfa() {
+                CfaRule::RegisterAndOffset { register: X86_64::RBP, offset: 16 } => Some(true),
+                CfaRule::RegisterAndOffset { register: X86_64::RSP, offset: 8 } => None,
+                _ => Some(false),
+            };
+        }
+    }
+    kind
+}

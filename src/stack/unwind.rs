@@ -1,0 +1,198 @@
+//! The walk itself: two loads per frame where frame pointers are kept, a cached rule per frame elsewhere.
+
+use super::modules::Modules;
+use super::rules::{self, Kind, Rule};
+use crate::share::dictionary::Dictionary;
+
+#[cfg(not(all(target_arch = "x86_64", target_os = "linux")))]
+compile_error!("rheap walks stacks on Linux x86_64 only");
+
+pub const MAX_FRAMES: usize = 64;
+
+/// The registers at the entry of the hook, before it has a frame of its own.
+#[derive(Clone, Copy, Debug)]
+pub struct Regs {
+    /// Points to the return address of the call that was hooked.
+    pub sp: u64,
+    pub bp: u64,
+}
+
+const RULES: usize = 4096;
+
+#[derive(Clone, Copy)]
+struct Cached {
+    return_address: u64,
+    rule: Rule,
+    /// The address lies in a module that keeps frame pointers.
+    frame_pointers: bool,
+}
+
+pub struct Unwinder {
+    pub modules: Modules,
+    rules: [Cached; RULES],
+    /// The ends of the stack that the process started on.
+    lowest: u64,
+    top: u64,
+    /// The module walked most, the server itself, if it keeps frame pointers.
+    fast: (u64, u64),
+}
+
+impl Unwinder {
+    pub const fn new() -> Self {
+        let empty = Cached {
+            return_address: 0,
+            rule: Rule { kind: Kind::Unknown, cfa_offset: 0, bp_offset: 0 },
+            frame_pointers: false,
+        };
+        Unwinder { modules: Modules::new(), rules: [empty; RULES], lowest: 0, top: 0, fast: (0, 0) }
+    }
+
+    /// Reads the process's modules and the ends of its stack. Allocates: at load only.
+    pub fn prepare(&mut self, names: &Dictionary) {
+        self.modules.set_main_path();
+        self.modules.refresh(names);
+        let (lowest, top) = stack_ends().unwrap_or((0, 0));
+        (self.lowest, self.top) = (lowest, top);
+        self.trust_frame_pointers(true, names);
+    }
+
+    /// Whether to use frame pointers at all, where modules keep them.
+    pub fn trust_frame_pointers(&mut self, trust: bool, names: &Dictionary) {
+        self.modules.dwarf_only = !trust;
+        self.rules.iter_mut().for_each(|r| r.return_address = 0);
+        self.fast = (0, 0);
+        // Every process comes through `main`, so the executable is what the process's own entry point lies in.
+        // SAFETY: a look-up in the process's own auxiliary vector.
+        let entry = unsafe { libc::getauxval(libc::AT_ENTRY) };
+        if let Some(main) = self.modules.find(entry, names)
+            && main.frame_pointers
+            && trust
+        {
+            self.fast = (main.start, main.end);
+        }
+    }
+
+    /// Whether the executable's frames are walked by frame pointer.
+    pub fn uses_frame_pointers(&self) -> bool {
+        self.fast.1 != 0
+    }
+
+    /// Fills `out` with return addresses, innermost first. Returns their number and whether the walk ended before
+    /// the process's first frame for another reason than the length of `out`.
+    #[inline]
+    pub fn walk(&mut self, regs: Regs, out: &mut [u64], names: &Dictionary) -> (usize, bool) {
+        let Regs { mut sp, mut bp } = regs;
+        let top = self.top;
+        if sp < self.lowest || sp >= top || sp % 8 != 0 {
+            return (0, true);
+        }
+        // SAFETY: sp lies in the process's stack, above the current stack pointer: mapped up to the top.
+        let mut ip = unsafe { *(sp as *const u64) };
+        sp += 8;
+        let mut frames = 0;
+        while frames < out.len() {
+            out[frames] = ip;
+            frames += 1;
+            let (cfa, bp_at) = if ip.wrapping_sub(self.fast.0) < self.fast.1 - self.fast.0 {
+                (bp.wrapping_add(16), bp)
+            } else {
+                let cached = self.rule(ip, names);
+                let cfa = match cached.rule.kind {
+                    _ if cached.frame_pointers => bp.wrapping_add(16),
+                    Kind::Sp => sp.wrapping_add_signed(cached.rule.cfa_offset as i64),
+                    Kind::Bp => bp.wrapping_add_signed(cached.rule.cfa_offset as i64),
+                    Kind::Outermost => return (frames, false),
+                    Kind::Unknown => return (frames, true),
+                };
+                let bp_at = match cached.rule.bp_offset {
+                    _ if cached.frame_pointers => bp,
+                    0 => 0,
+                    offset => cfa.wrapping_add_signed(offset as i64),
+                };
+                (cfa, bp_at)
+            };
+            // A frame lies above the one that it called, all of it inside the stack.
+            if cfa < sp + 8 || cfa > top || cfa % 8 != 0 {
+                return (frames, true);
+            }
+            // SAFETY: sp <= cfa - 8 < top, so the slot of the return address is inside the mapped stack.
+            ip = unsafe { *((cfa - 8) as *const u64) };
+            if bp_at != 0 {
+                if bp_at < sp || bp_at > cfa - 8 || bp_at % 8 != 0 {
+                    return (frames, true);
+                }
+                // SAFETY: sp <= bp_at <= cfa - 8, as for the return address.
+                bp = unsafe { *(bp_at as *const u64) };
+            }
+            sp = cfa;
+            if ip == 0 {
+                return (frames, false);
+            }
+        }
+        (frames, false)
+    }
+
+    #[inline]
+    fn rule(&mut self, ip: u64, names: &Dictionary) -> Cached {
+        let index = (ip ^ (ip >> 12)) as usize % RULES;
+        let cached = self.rules[index];
+        if cached.return_address == ip { cached } else { self.read_rule(ip, index, names) }
+    }
+
+    #[cold]
+    fn read_rule(&mut self, ip: u64, index: usize, names: &Dictionary) -> Cached {
+        let dwarf_only = self.modules.dwarf_only;
+        let (rule, frame_pointers) = match self.modules.find(ip, names) {
+            Some(module) => (rules::find(module, ip), module.frame_pointers && !dwarf_only),
+            None => (Rule::default(), false),
+        };
+        let cached = Cached { return_address: ip, rule, frame_pointers };
+        // An address without a module may get one when a library is loaded there.
+        if rule.kind != Kind::Unknown {
+            self.rules[index] = cached;
+        }
+        cached
+    }
+}
+
+/// Lowest and highest address of the main thread's stack, as far as it may grow.
+fn stack_ends() -> Option<(u64, u64)> {
+    let maps = std::fs::read_to_string("/proc/self/maps").ok()?;
+    let line = maps.lines().find(|l| l.ends_with("[stack]"))?;
+    let top = u64::from_str_radix(line.split(['-', ' ']).nth(1)?, 16).ok()?;
+    let mut limit = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
+    // SAFETY: writes to a local.
+    unsafe { libc::getrlimit(libc::RLIMIT_STACK, &mut limit) };
+    // Without a limit a gigabyte is more than any server process uses.
+    Some((top.saturating_sub(limit.rlim_cur.min(1 << 30)), top))
+}
+
+/// The registers of the caller, for use outside the hook's own entry.
+#[inline(never)]
+pub fn with_registers<R>(f: &mut dyn FnMut(Regs) -> R) -> R {
+    #[unsafe(naked)]
+    unsafe extern "C" fn enter(f: *mut u8, call: unsafe extern "C" fn(*mut u8, u64, u64)) {
+        std::arch::naked_asm!(
+            "mov rax, rsi",
+            "mov rsi, rsp",
+            "mov rdx, rbp",
+            "jmp rax",
+        )
+    }
+    struct Call<'a, R> {
+        f: &'a mut dyn FnMut(Regs) -> R,
+        result: Option<R>,
+    }
+    unsafe extern "C" fn run<R>(call: *mut u8, sp: u64, bp: u64) {
+        // SAFETY: `with_registers` passes its own Call.
+        let call = unsafe { &mut *call.cast::<Call<R>>() };
+        call.result = Some((call.f)(Regs { sp, bp }));
+    }
+    let mut call = Call { f, result: None };
+    // SAFETY: `run` gets the Call that it expects; the naked function only rearranges registers.
+    unsafe { enter((&raw mut call).cast(), run::<R>) };
+    call.result.expect("run stores a result")
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,77 @@
+use super::*;
+use crate::share::Share;
+
+// Test threads run on stacks that `prepare` cannot know, so each test sets the ends to its own thread's.
+fn unwinder(share: &Share) -> Box<Unwinder> {
+    let mut unwinder = Box::new(Unwinder::new());
+    unwinder.prepare(&share.modules);
+    let here = 0u64;
+    let at = &raw const here as u64;
+    let maps = std::fs::read_to_string("/proc/self/maps").unwrap();
+    let end = maps
+        .lines()
+        .filter_map(|l| {
+            let (start, rest) = l.split_once('-')?;
+            let end = u64::from_str_radix(rest.split(' ').next()?, 16).ok()?;
+            (u64::from_str_radix(start, 16).ok()? <= at && at < end).then_some(end)
+        })
+        .next()
+        .unwrap();
+    (unwinder.lowest, unwinder.top) = (at - (1 << 19), end);
+    unwinder
+}
+
+#[inline(never)]
+fn deep(levels: u32, f: &mut dyn FnMut()) {
+    if levels == 0 { f() } else { deep(levels - 1, f) }
+    std::hint::black_box(levels);
+}
+
+#[test]
+fn the_dwarf_walk_agrees_with_the_backtrace_crate() {
+    let share = Share::map(1, 64, false).unwrap();
+    let mut unwinder = unwinder(&share);
+    deep(20, &mut || {
+        let mut ours = [0; MAX_FRAMES];
+        let mut theirs = Vec::new();
+        let (n, cut) = with_registers(&mut |regs| {
+            backtrace::trace(|frame| {
+                theirs.push(frame.ip() as u64);
+                true
+            });
+            unwinder.walk(regs, &mut ours, &share.modules)
+        });
+        assert!(!cut);
+        // The innermost frames are of the two walkers themselves; from a common caller on they are equal.
+        let start = theirs.iter().position(|&ip| ip == ours[1]).expect("our caller is in their walk");
+        let theirs: Vec<u64> = theirs[start..].iter().copied().filter(|&ip| ip != 0).collect();
+        let common = theirs.len().min(n - 1);
+        assert!(common > 20);
+        assert_eq!(&ours[1..=common], &theirs[..common]);
+    });
+}
+
+#[test]
+fn a_foreign_stack_is_not_read() {
+    let share = Share::map(1, 64, false).unwrap();
+    let mut unwinder = unwinder(&share);
+    let mut out = [0; MAX_FRAMES];
+    for sp in [0, 8, 7, unwinder.top, unwinder.top - 7, u64::MAX - 7, 1 << 47] {
+        assert_eq!(unwinder.walk(Regs { sp, bp: sp }, &mut out, &share.modules), (0, true));
+    }
+}
+
+#[test]
+fn a_broken_frame_pointer_cuts_the_walk() {
+    let share = Share::map(1, 64, false).unwrap();
+    let mut unwinder = unwinder(&share);
+    let mut out = [0; MAX_FRAMES];
+    with_registers(&mut |regs| {
+        // As if every module kept frame pointers: whatever the register holds, no read leaves the stack.
+        unwinder.fast = (1, u64::MAX);
+        for bp in [0, 1, 8, regs.sp - 4096, unwinder.top - 8, unwinder.top, u64::MAX - 15, u64::MAX] {
+            let (n, cut) = unwinder.walk(Regs { bp, ..regs }, &mut out, &share.modules);
+            assert!(cut && n <= 2, "bp {bp:#x} gave {n} frames");
+        }
+    });
+}
