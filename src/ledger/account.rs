@@ -48,6 +48,7 @@ pub struct Site {
     first_epoch: AtomicU32,
     last_epoch: AtomicU32,
     bin_shift: AtomicU32,
+    reported: AtomicU32,
     bins: [Bin; BINS],
     history: [AtomicU64; HISTORY],
 }
@@ -102,7 +103,7 @@ impl Site {
         for cell in [&self.first_seen, &self.last_seen, &self.query_id] {
             cell.store(0, Relaxed);
         }
-        for cell in [&self.inexact, &self.first_epoch, &self.last_epoch, &self.bin_shift] {
+        for cell in [&self.inexact, &self.first_epoch, &self.last_epoch, &self.bin_shift, &self.reported] {
             cell.store(0, Relaxed);
         }
         for bin in &self.bins {
@@ -253,6 +254,11 @@ impl Site {
         let bytes = whole(self.live_bytes.load(Relaxed));
         // A site that is younger than the window had nothing before.
         self.history[walk as usize % HISTORY].store(bytes, Relaxed);
+    }
+
+    /// True the first time it is called.
+    pub fn first_report(&self) -> bool {
+        self.reported.swap(1, Relaxed) == 0
     }
 
     pub fn stack(&self) -> u32 {

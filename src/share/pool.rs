@@ -52,8 +52,8 @@ impl<T> Pool<T> {
 /// The chunks of one pool that this process owns, used one row after another.
 #[derive(Clone, Copy, Default)]
 pub struct Cursor {
-    next: u32,
-    end: u32,
+    pub next: u32,
+    pub end: u32,
     /// Chunks taken so far.
     pub chunks: usize,
 }

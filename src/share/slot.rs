@@ -16,6 +16,8 @@ pub struct Slot {
     pub mode: AtomicU32,
     /// The process's count of work.
     pub epoch: AtomicU32,
+    /// 1 once a client's message has been dealt with.
+    pub has_messages: AtomicU32,
     pub watched_contexts: AtomicU32,
     pub walks: AtomicU32,
     pub allocations: AtomicU64,
@@ -38,10 +40,19 @@ impl Slot {
         self.resets_wanted.load(Acquire) != self.resets_done.load(Acquire)
     }
 
+    /// What the process's count of work counts, in the plural.
+    pub fn work_unit(&self) -> &'static str {
+        match (self.backend_type.load(Relaxed), self.has_messages.load(Relaxed)) {
+            (POSTMASTER, _) => "forks",
+            (_, 0) => "windows of time",
+            _ => "messages",
+        }
+    }
+
     /// Empties everything but the owner.
     pub fn open(&self, backend_type: i32) {
         self.backend_type.store(backend_type, Relaxed);
-        for cell in [&self.mode, &self.watched_contexts, &self.walks] {
+        for cell in [&self.mode, &self.has_messages, &self.watched_contexts, &self.walks] {
             cell.store(0, Relaxed);
         }
         for cell in

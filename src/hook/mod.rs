@@ -1,0 +1,63 @@
+//! The only part that touches the server's method tables.
+//!
+//! `context->methods` of every memory context points at a table that is constant in the server's binary. rheap
+//! replaces a few entries of these base tables in place, and keeps two copies of each: *pass*, untouched, for
+//! contexts that cost nothing any more, and *watch*, for those that are recorded. A context starts at its base
+//! table, and its first palloc decides, once, which of the two it points at from then on.
+
+mod entry;
+mod selfcheck;
+mod tables;
+mod touch;
+
+pub use tables::{Table, is_hooked, table_of, watch};
+pub use touch::long_lived;
+
+use crate::pg_compat::{self, MemoryContext};
+use pgrx::pg_sys;
+
+/// Patches the tables, or says why not; nothing has been changed then.
+///
+/// # Safety
+/// Called once per process tree, from `_PG_init`.
+pub unsafe fn install() -> Result<(), String> {
+    pg_compat::layout_fits()?;
+    // SAFETY: the server has set TopMemoryContext before it loads any library.
+    unsafe {
+        let bases = pg_compat::base_tables();
+        selfcheck::check(&bases)?;
+        tables::patch(bases, &entry::ENTRIES)?;
+        each_context(|context, _| {
+            touch::decide(context);
+            true
+        });
+    }
+    Ok(())
+}
+
+/// Visits all contexts, parents first, with their depth below TopMemoryContext. `visit` says whether to descend.
+///
+/// # Safety
+/// The tree is consistent: at the entry or exit of a palloc, not in a signal handler.
+pub unsafe fn each_context(mut visit: impl FnMut(MemoryContext, usize) -> bool) {
+    // SAFETY: the links of a consistent tree; contexts are not changed by the visitor.
+    unsafe {
+        let top = pg_sys::TopMemoryContext;
+        let (mut context, mut depth) = (top, 0);
+        while !context.is_null() {
+            if visit(context, depth) && !(*context).firstchild.is_null() {
+                context = (*context).firstchild;
+                depth += 1;
+                continue;
+            }
+            while context != top && (*context).nextchild.is_null() {
+                context = (*context).parent;
+                depth -= 1;
+            }
+            if context == top {
+                return;
+            }
+            context = (*context).nextchild;
+        }
+    }
+}

@@ -1,0 +1,212 @@
+//! The base, pass and watch tables.
+
+use std::cell::UnsafeCell;
+use std::ptr;
+
+use crate::pg_compat::{DISPATCH_BY_CHUNK, Free, KIND_COUNT, MemoryContext, Methods, Realloc, kind_of};
+
+/// A table that contexts point at, and behind it what the server had there: an entry finds its original through
+/// the context alone, without knowing the allocator.
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub struct Pair {
+    active: Methods,
+    pub original: Methods,
+}
+
+struct Tables {
+    base: [*mut Methods; KIND_COUNT],
+    /// What the base tables held before the patch.
+    original: [Methods; KIND_COUNT],
+    pass: [Pair; KIND_COUNT],
+    watch: [Pair; KIND_COUNT],
+    /// For MessageContext: pass, but its reset is noticed.
+    boundary: Pair,
+    installed: bool,
+}
+
+struct Global(UnsafeCell<std::mem::MaybeUninit<Tables>>);
+// SAFETY: written once by `patch`, in the single thread of a server process; read-only afterwards.
+unsafe impl Sync for Global {}
+static TABLES: Global = Global(UnsafeCell::new(std::mem::MaybeUninit::zeroed()));
+
+#[inline]
+fn tables() -> &'static Tables {
+    // SAFETY: zeroed memory is a valid Tables (null pointers, None entries), and `patch` completes before any use.
+    unsafe { (*TABLES.0.get()).assume_init_ref() }
+}
+
+/// What the hooks put into the tables, by allocator where the entry must know it.
+pub struct Entries {
+    pub first_touch: *const (),
+    pub alloc: *const (),
+    pub reset: unsafe extern "C-unwind" fn(MemoryContext),
+    pub delete: unsafe extern "C-unwind" fn(MemoryContext),
+    pub free: [Free; KIND_COUNT],
+    pub realloc: [*const (); KIND_COUNT],
+}
+// SAFETY: pointers to functions.
+unsafe impl Sync for Entries {}
+
+/// Whether `patch` has succeeded in this process or an ancestor.
+pub fn is_hooked() -> bool {
+    tables().installed
+}
+
+/// Fills the copies and replaces the entries of the base tables.
+///
+/// # Safety
+/// `bases` are the server's tables, checked; nothing is inside them now.
+pub unsafe fn patch(bases: [*mut Methods; KIND_COUNT], entries: &Entries) -> Result<(), String> {
+    // SAFETY: single-threaded; no context points at our copies yet.
+    let tables = unsafe { (*TABLES.0.get()).assume_init_mut() };
+    let as_alloc = |p: *const ()| {
+        // SAFETY: the entry has the C ABI of the table's member; one argument more does no harm (see pg_compat).
+        unsafe { std::mem::transmute_copy(&p) }
+    };
+    tables.base = bases;
+    for kind in 0..KIND_COUNT {
+        // SAFETY: the caller's promise.
+        let original = unsafe { *bases[kind] };
+        tables.original[kind] = original;
+        tables.pass[kind] = Pair { active: original, original };
+        let mut watch = original;
+        watch.alloc = as_alloc(entries.alloc);
+        watch.reset = Some(entries.reset);
+        watch.delete_context = Some(entries.delete);
+        if !DISPATCH_BY_CHUNK {
+            watch.free_p = Some(entries.free[kind]);
+            watch.realloc = realloc_entry(entries.realloc[kind]);
+        }
+        tables.watch[kind] = Pair { active: watch, original };
+    }
+    tables.boundary = tables.pass[0];
+    tables.boundary.active.reset = Some(entries.reset);
+
+    // All pages first, so that a refusal leaves every table as it was.
+    for base in bases {
+        protect(base, libc::PROT_READ | libc::PROT_WRITE)?;
+    }
+    for (kind, base) in bases.into_iter().enumerate() {
+        // SAFETY: the page is writable now; each store is one aligned pointer, so a signal handler that pallocs
+        // meets either the old or the new entry.
+        unsafe {
+            ptr::addr_of_mut!((*base).alloc).write_volatile(as_alloc(entries.first_touch));
+            // Bump has neither: its entries only raise an error.
+            if DISPATCH_BY_CHUNK && kind < 3 {
+                ptr::addr_of_mut!((*base).free_p).write_volatile(Some(entries.free[kind]));
+                ptr::addr_of_mut!((*base).realloc).write_volatile(realloc_entry(entries.realloc[kind]));
+            }
+        }
+    }
+    for base in bases {
+        protect(base, libc::PROT_READ)?;
+    }
+    tables.installed = true;
+    Ok(())
+}
+
+type ReallocMember = Option<<RealloctOf as Member>::F>;
+/// The exact type of the table's `realloc` member, which differs between versions in its number of arguments.
+trait Member {
+    type F;
+}
+struct RealloctOf;
+#[cfg(any(feature = "pg15", feature = "pg17", feature = "pg18"))]
+impl Member for RealloctOf {
+    type F = Realloc;
+}
+#[cfg(feature = "pg16")]
+impl Member for RealloctOf {
+    type F = unsafe extern "C-unwind" fn(*mut core::ffi::c_void, usize) -> *mut core::ffi::c_void;
+}
+
+fn realloc_entry(entry: *const ()) -> ReallocMember {
+    // SAFETY: a function pointer of the same ABI; see pg_compat on the number of arguments.
+    unsafe { std::mem::transmute(entry) }
+}
+
+fn protect(table: *mut Methods, protection: libc::c_int) -> Result<(), String> {
+    let page = 4096;
+    let start = table as usize / page * page;
+    let end = (table as usize + size_of::<Methods>()).next_multiple_of(page);
+    // SAFETY: changes only the protection of pages that hold the server's constants.
+    if unsafe { libc::mprotect(start as *mut _, end - start, protection) } != 0 {
+        return Err(format!("the server's method table cannot be made writable: {}", std::io::Error::last_os_error()));
+    }
+    Ok(())
+}
+
+#[derive(Clone, Copy, PartialEq)]
+pub enum Table {
+    Base,
+    Pass,
+    Watch,
+    /// Not one of ours: somebody else's hook. Left alone.
+    Foreign,
+}
+
+/// Which table a context points at.
+///
+/// # Safety
+/// A live context.
+#[inline]
+pub unsafe fn table_of(context: MemoryContext) -> Table {
+    let t = tables();
+    // SAFETY: the caller's promise.
+    let methods = unsafe { (*context).methods } as usize;
+    let within = |pairs: &[Pair; KIND_COUNT]| methods.wrapping_sub(pairs as *const _ as usize) < size_of_val(pairs);
+    if within(&t.watch) {
+        Table::Watch
+    } else if within(&t.pass) || methods == &t.boundary.active as *const _ as usize {
+        Table::Pass
+    } else if t.base.iter().any(|&b| b as usize == methods) {
+        Table::Base
+    } else {
+        Table::Foreign
+    }
+}
+
+/// Points a context of ours at its watch table.
+///
+/// # Safety
+/// A live context.
+pub unsafe fn watch(context: MemoryContext) {
+    // SAFETY: the caller's promise; the copies live as long as the process.
+    unsafe {
+        if let Some(kind) = kind_of(context) {
+            (*context).methods = &tables().watch[kind].active;
+        }
+    }
+}
+
+/// Points a context of ours at its pass table.
+///
+/// # Safety
+/// A live context.
+pub unsafe fn pass(context: MemoryContext, boundary: bool) {
+    // SAFETY: the caller's promise.
+    unsafe {
+        match kind_of(context) {
+            Some(0) if boundary => (*context).methods = &tables().boundary.active,
+            Some(kind) => (*context).methods = &tables().pass[kind].active,
+            None => (),
+        }
+    }
+}
+
+/// What the server had in the table that a context points at; for contexts on pass or watch.
+///
+/// # Safety
+/// A live context that `table_of` says is on pass or watch.
+#[inline]
+pub unsafe fn original_of(context: MemoryContext) -> &'static Methods {
+    // SAFETY: both kinds of table are the first half of a Pair.
+    unsafe { &(*(*context).methods.cast::<Pair>()).original }
+}
+
+/// What the server had in the base table of an allocator.
+#[inline]
+pub fn original(kind: usize) -> &'static Methods {
+    &tables().original[kind]
+}

@@ -1,0 +1,79 @@
+//! The first palloc of a context: does it outlive the transaction?
+
+use core::ffi::CStr;
+use pgrx::pg_sys;
+
+use super::tables::{self, Table};
+use crate::pg_compat::MemoryContext;
+use crate::settings;
+
+/// Roots of what ends with a message, a transaction or a portal.
+///
+/// # Safety
+/// A live context.
+unsafe fn is_transient_root(context: MemoryContext) -> bool {
+    // SAFETY: plain reads of the server's globals and of a live context, whose name is a static string.
+    unsafe {
+        context == pg_sys::MessageContext
+            || context == pg_sys::TopTransactionContext
+            || context == pg_sys::ErrorContext
+            || ((*context).parent == pg_sys::TopMemoryContext
+                && !(*context).name.is_null()
+                // The server keeps this one in a static variable of portalmem.c.
+                && CStr::from_ptr((*context).name) == c"TopPortalContext")
+    }
+}
+
+/// Whether a context ends with a message, a transaction or a portal, judged by the tree as it is now.
+///
+/// # Safety
+/// A live context in a consistent tree.
+pub unsafe fn is_transient(context: MemoryContext) -> bool {
+    // SAFETY: the parents of a live context are live.
+    unsafe {
+        let mut at = context;
+        while !at.is_null() {
+            if is_transient_root(at) {
+                return true;
+            }
+            // One comparison settles it as soon as an ancestor has been touched.
+            if at != context {
+                match tables::table_of(at) {
+                    Table::Pass => return true,
+                    Table::Watch => return false,
+                    Table::Base | Table::Foreign => (),
+                }
+            }
+            at = (*at).parent;
+        }
+        false
+    }
+}
+
+/// Whether a context that is not watched outlives the transaction after all: it has been moved since.
+///
+/// # Safety
+/// A live context in a consistent tree.
+pub unsafe fn long_lived(context: MemoryContext) -> bool {
+    // SAFETY: the caller's promise.
+    unsafe { tables::table_of(context) == Table::Pass && !is_transient(context) }
+}
+
+/// Chooses the table of a context that points at its base table.
+///
+/// # Safety
+/// A live context in a consistent tree.
+pub unsafe fn decide(context: MemoryContext) {
+    // SAFETY: the caller's promise.
+    unsafe {
+        if tables::table_of(context) != Table::Base {
+            return;
+        }
+        let transient = if settings::scope_all() { context == pg_sys::ErrorContext } else { is_transient(context) };
+        if transient {
+            tables::pass(context, context == pg_sys::MessageContext);
+        } else {
+            tables::watch(context);
+        }
+    }
+}

@@ -1,0 +1,115 @@
+//! What differs between major versions of the server. Nothing outside this file asks for the version.
+
+use core::ffi::{c_int, c_void};
+use pgrx::pg_sys;
+
+pub use pg_sys::{MemoryContext, MemoryContextMethods as Methods};
+
+/// Names of the allocators, by the index that rheap gives them.
+pub const KINDS: [&str; 4] = ["AllocSet", "Generation", "Slab", "Bump"];
+
+/// Allocators that this version has.
+#[cfg(any(feature = "pg15", feature = "pg16"))]
+pub const KIND_COUNT: usize = 3;
+#[cfg(any(feature = "pg17", feature = "pg18"))]
+pub const KIND_COUNT: usize = 4;
+
+// The C ABI lets a caller pass more arguments than the callee takes, so the `flags` of 17 go along everywhere.
+pub type Alloc = unsafe extern "C-unwind" fn(MemoryContext, usize, c_int) -> *mut c_void;
+
+/// Up to 15 the context comes with the chunk and methods are looked up through it; from 16 on through the chunk's
+/// header, in one array for all.
+pub const DISPATCH_BY_CHUNK: bool = cfg!(not(feature = "pg15"));
+
+#[cfg(feature = "pg15")]
+pub type Free = unsafe extern "C-unwind" fn(MemoryContext, *mut c_void);
+#[cfg(feature = "pg15")]
+pub type Realloc = unsafe extern "C-unwind" fn(MemoryContext, *mut c_void, usize) -> *mut c_void;
+
+#[cfg(not(feature = "pg15"))]
+pub type Free = unsafe extern "C-unwind" fn(*mut c_void);
+#[cfg(not(feature = "pg15"))]
+pub type Realloc = unsafe extern "C-unwind" fn(*mut c_void, usize, c_int) -> *mut c_void;
+
+/// The server's own method tables, by allocator.
+///
+/// # Safety
+/// `TopMemoryContext` is set; called outside the hooks, since it may palloc.
+#[cfg(feature = "pg15")]
+pub unsafe fn base_tables() -> [*mut Methods; KIND_COUNT] {
+    // SAFETY: plain calls of the server's functions. A throw-away context of each kind shows where its table is.
+    unsafe {
+        let generation = pg_sys::GenerationContextCreate(pg_sys::TopMemoryContext, c"rheap".as_ptr(), 0, 8192, 8192);
+        let slab = pg_sys::SlabContextCreate(pg_sys::TopMemoryContext, c"rheap".as_ptr(), 8192, 64);
+        let of = |context: MemoryContext| (*context).methods.cast_mut();
+        let tables = [of(pg_sys::TopMemoryContext), of(generation), of(slab)];
+        pg_sys::MemoryContextDelete(generation);
+        pg_sys::MemoryContextDelete(slab);
+        tables
+    }
+}
+
+#[cfg(not(feature = "pg15"))]
+pub unsafe fn base_tables() -> [*mut Methods; KIND_COUNT] {
+    // `mcxt_methods` is one array: AllocSet 3, Generation 4, Slab 5, aligned redirect 6, Bump 7.
+    const INDEX: [isize; 4] = [3, 4, 5, 7];
+    // SAFETY: TopMemoryContext is an AllocSet, so its table is entry 3; the others lie around it.
+    let allocset = unsafe { (*pg_sys::TopMemoryContext).methods.cast_mut() };
+    std::array::from_fn(|kind| allocset.wrapping_offset(INDEX[kind] - INDEX[0]))
+}
+
+/// Whether the layout of the method table fits the running server, as far as that can be asked: builds with
+/// assertions have one member more, which the module magic does not cover.
+pub fn layout_fits() -> Result<(), &'static str> {
+    // SAFETY: the setting exists in every version; missing_ok makes it NULL otherwise.
+    let assertions = unsafe {
+        let value = pg_sys::GetConfigOption(c"debug_assertions".as_ptr(), true, false);
+        !value.is_null() && core::ffi::CStr::from_ptr(value) == c"on"
+    };
+    let base = match () {
+        _ if cfg!(feature = "pg15") => 8,
+        _ => 9,
+    };
+    if size_of::<Methods>() / size_of::<usize>() == base + assertions as usize {
+        Ok(())
+    } else {
+        Err("rheap was compiled for a server with other debug_assertions")
+    }
+}
+
+/// Reads the id of the statement that this process runs, 0 where unknown.
+#[inline]
+pub fn query_id() -> i64 {
+    // SAFETY: the entry is set once per process and stays mapped; the field is a plain integer of our own process.
+    unsafe {
+        let entry = pg_sys::MyBEEntry;
+        if entry.is_null() { 0 } else { (&raw const (*entry).st_query_id).read_volatile() as i64 }
+    }
+}
+
+/// True for processes that serve clients or run their work: many allocations, so that `sampled` samples them.
+pub fn allocates_much(backend_type: pg_sys::BackendType::Type) -> bool {
+    use pg_sys::BackendType::*;
+    // Single-user mode has no type of its own before 16.
+    #[cfg(not(feature = "pg15"))]
+    if backend_type == B_STANDALONE_BACKEND {
+        return true;
+    }
+    matches!(backend_type, B_INVALID | B_BACKEND | B_BG_WORKER | B_WAL_SENDER | B_AUTOVAC_WORKER)
+}
+
+/// The allocator of a context by its node tag; None for one that rheap does not know.
+///
+/// # Safety
+/// A live context.
+pub unsafe fn kind_of(context: MemoryContext) -> Option<usize> {
+    // SAFETY: the caller's promise.
+    match unsafe { (*context).type_ } {
+        pg_sys::NodeTag::T_AllocSetContext => Some(0),
+        pg_sys::NodeTag::T_GenerationContext => Some(1),
+        pg_sys::NodeTag::T_SlabContext => Some(2),
+        #[cfg(any(feature = "pg17", feature = "pg18"))]
+        pg_sys::NodeTag::T_BumpContext => Some(3),
+        _ => None,
+    }
+}

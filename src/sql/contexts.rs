@@ -1,0 +1,80 @@
+//! `rheap_contexts`.
+
+use std::collections::HashMap;
+use std::sync::atomic::Ordering::*;
+
+use pgrx::prelude::*;
+
+use crate::pg_compat::KINDS;
+use crate::verdict::{Verdict, judge_site};
+
+/// What the contexts of each path hold in each process, as its latest walk found them.
+#[pg_extern(volatile, parallel_restricted)]
+#[allow(clippy::type_complexity)]
+fn rheap_contexts(
+    pid: default!(Option<i32>, "NULL"),
+) -> TableIterator<
+    'static,
+    (
+        name!(pid, i32),
+        name!(backend_type, String),
+        name!(path, String),
+        name!(name, String),
+        name!(type, Option<String>),
+        name!(contexts, i32),
+        name!(total_bytes, i64),
+        name!(used_bytes, i64),
+        name!(free_bytes, i64),
+        name!(baseline_bytes, i64),
+        name!(growth_bytes, i64),
+        name!(growth_bytes_per_s, f64),
+        name!(watched, bool),
+        name!(verdict, String),
+    ),
+> {
+    let (share, slots) = super::slots("rheap_contexts", pid);
+    let mut rows = Vec::new();
+    for (index, slot) in slots {
+        if slot.reset_pending() {
+            continue;
+        }
+        let (pid, backend_type) = (slot.pid.load(Acquire), super::backend_type(slot));
+        // A path is judged by the worst of its call sites.
+        let mut worst: HashMap<u32, Verdict> = HashMap::new();
+        for chunk in share.sites.owned(index) {
+            for copy in share.sites.rows_of(chunk).filter_map(|(_, site)| site.copy()) {
+                let verdict = judge_site(&share, slot, &copy).verdict;
+                worst.entry(copy.path).and_modify(|w| *w = verdict.max(*w)).or_insert(verdict);
+            }
+        }
+        for chunk in share.rows.owned(index) {
+            for row in share.rows.rows_of(chunk).filter_map(|(_, row)| row.copy()) {
+                let path = share.path_name(row.path);
+                let used = row.seen.total_bytes - row.seen.free_bytes;
+                let (first, last) = (row.series.first(), row.series.last());
+                let growth_per_s = match (first, last) {
+                    (Some(a), Some(b)) if b.0 > a.0 => (b.1 as f64 - a.1 as f64) / ((b.0 - a.0) as f64 / 1e6),
+                    _ => 0.0,
+                };
+                rows.push((
+                    pid,
+                    backend_type.clone(),
+                    path.clone(),
+                    path.rsplit('/').next().unwrap_or_default().to_string(),
+                    KINDS.get(row.seen.kind as usize).map(|k| k.to_string()),
+                    row.seen.contexts as i32,
+                    row.seen.total_bytes as i64,
+                    used as i64,
+                    row.seen.free_bytes as i64,
+                    row.baseline_bytes as i64,
+                    used as i64 - row.baseline_bytes as i64,
+                    growth_per_s,
+                    row.seen.watched,
+                    worst.get(&row.path).copied().unwrap_or(Verdict::Steady).name().to_string(),
+                ));
+            }
+        }
+    }
+    rows.sort_by(|a, b| b.10.cmp(&a.10).then(b.6.cmp(&a.6)));
+    TableIterator::new(rows)
+}

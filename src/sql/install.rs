@@ -1,0 +1,46 @@
+//! What the install script has beside the functions: views, privileges, comments, and a check of the version.
+
+use pgrx::prelude::*;
+use pgrx::{PgSqlErrorCode, extension_sql};
+
+/// Called by the install script with its own version.
+#[pg_extern(volatile, parallel_unsafe)]
+fn rheap_require_version(version: &str) {
+    let library = env!("CARGO_PKG_VERSION");
+    if version != library {
+        super::refuse(
+            PgSqlErrorCode::ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE,
+            format!("the loaded library is rheap {library}, the extension script is of version {version}"),
+            &format!("Restart the server to load the installed library, or write CREATE EXTENSION rheap VERSION '{library}'."),
+        );
+    }
+}
+
+extension_sql!(
+    r#"
+SELECT @extschema@.rheap_require_version('0.1.0');
+
+CREATE VIEW rheap_leaks AS SELECT * FROM rheap_leaks();
+CREATE VIEW rheap_call_sites AS SELECT * FROM rheap_call_sites();
+CREATE VIEW rheap_contexts AS SELECT * FROM rheap_contexts();
+CREATE VIEW rheap_processes AS SELECT * FROM rheap_processes();
+
+REVOKE ALL ON FUNCTION rheap_leaks(int), rheap_call_sites(int), rheap_contexts(int), rheap_processes(int), rheap_reset(int), rheap_require_version(text) FROM PUBLIC;
+REVOKE ALL ON rheap_leaks, rheap_call_sites, rheap_contexts, rheap_processes FROM PUBLIC;
+GRANT EXECUTE ON FUNCTION rheap_leaks(int), rheap_call_sites(int), rheap_contexts(int), rheap_processes(int) TO pg_monitor;
+GRANT SELECT ON rheap_leaks, rheap_call_sites, rheap_contexts, rheap_processes TO pg_monitor;
+
+COMMENT ON FUNCTION rheap_leaks(int) IS 'memory leaks of all live processes, or of one: a row per call site that keeps growing, worst first';
+COMMENT ON FUNCTION rheap_call_sites(int) IS 'every call site in watched memory contexts, with verdict and counts';
+COMMENT ON FUNCTION rheap_contexts(int) IS 'memory contexts per process and path, and how they have grown';
+COMMENT ON FUNCTION rheap_processes(int) IS 'what rheap knows of each process, and what it costs there';
+COMMENT ON FUNCTION rheap_reset(int) IS 'forget the history of one process or of all: the baseline is now';
+COMMENT ON FUNCTION rheap_require_version(text) IS 'raises an error unless the loaded library has this version; used by the install script';
+COMMENT ON VIEW rheap_leaks IS 'memory leaks of all live processes, worst first';
+COMMENT ON VIEW rheap_call_sites IS 'every call site in watched memory contexts of all live processes';
+COMMENT ON VIEW rheap_contexts IS 'memory contexts of all live processes by path';
+COMMENT ON VIEW rheap_processes IS 'what rheap knows of each live process';
+"#,
+    name = "views_privileges_comments",
+    finalize
+);

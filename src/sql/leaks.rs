@@ -1,0 +1,146 @@
+//! `rheap_leaks` and `rheap_call_sites`.
+
+use pgrx::datum::TimestampWithTimeZone;
+use pgrx::prelude::*;
+
+use super::gather::{Gathered, culprit, gather};
+use crate::symbols::{Frame, Symbols};
+use crate::verdict::Verdict;
+
+/// One row per leak, worst first.
+#[pg_extern(volatile, parallel_restricted)]
+#[allow(clippy::type_complexity)]
+fn rheap_leaks(
+    pid: default!(Option<i32>, "NULL"),
+) -> TableIterator<
+    'static,
+    (
+        name!(verdict, String),
+        name!(confidence, f64),
+        name!(function, String),
+        name!(location, String),
+        name!(context, String),
+        name!(live_bytes, i64),
+        name!(live_count, i64),
+        name!(growth_bytes_per_s, f64),
+        name!(generations, i32),
+        name!(backend_type, String),
+        name!(processes, i32),
+        name!(pid, i32),
+        name!(query_id, Option<i64>),
+        name!(first_seen, Option<TimestampWithTimeZone>),
+        name!(last_seen, Option<TimestampWithTimeZone>),
+        name!(reason, String),
+        name!(stack, Vec<String>),
+    ),
+> {
+    let rows = gather("rheap_leaks", pid, |verdict| verdict >= Verdict::Suspect);
+    TableIterator::new(named(rows).map(|(g, frames, at, query_id)| {
+        (
+            g.judgement.verdict.name().into(),
+            g.judgement.confidence,
+            name(&frames, at),
+            location(&frames, at),
+            g.path,
+            g.copy.live_bytes as i64,
+            g.copy.live_count as i64,
+            g.judgement.growth_bytes_per_s,
+            g.judgement.generations as i32,
+            g.backend_type,
+            g.processes,
+            g.pid,
+            query_id,
+            super::timestamp(g.copy.first_seen),
+            super::timestamp(g.copy.last_seen),
+            g.judgement.reason,
+            frames.iter().map(Frame::describe).collect(),
+        )
+    }))
+}
+
+/// Every call site, with all verdicts and counts.
+#[pg_extern(volatile, parallel_restricted)]
+#[allow(clippy::type_complexity)]
+fn rheap_call_sites(
+    pid: default!(Option<i32>, "NULL"),
+) -> TableIterator<
+    'static,
+    (
+        name!(verdict, String),
+        name!(confidence, f64),
+        name!(function, String),
+        name!(location, String),
+        name!(context, String),
+        name!(live_bytes, i64),
+        name!(live_count, i64),
+        name!(growth_bytes_per_s, f64),
+        name!(generations, i32),
+        name!(backend_type, String),
+        name!(processes, i32),
+        name!(pid, i32),
+        name!(query_id, Option<i64>),
+        name!(first_seen, Option<TimestampWithTimeZone>),
+        name!(last_seen, Option<TimestampWithTimeZone>),
+        name!(reason, String),
+        name!(stack, Vec<String>),
+        name!(alloc_count, i64),
+        name!(alloc_bytes, i64),
+        name!(free_count, i64),
+        name!(free_bytes, i64),
+        name!(exact, bool),
+    ),
+> {
+    let rows = gather("rheap_call_sites", pid, |_| true);
+    TableIterator::new(named(rows).map(|(g, frames, at, query_id)| {
+        (
+            g.judgement.verdict.name().into(),
+            g.judgement.confidence,
+            name(&frames, at),
+            location(&frames, at),
+            g.path,
+            g.copy.live_bytes as i64,
+            g.copy.live_count as i64,
+            g.judgement.growth_bytes_per_s,
+            g.judgement.generations as i32,
+            g.backend_type,
+            g.processes,
+            g.pid,
+            query_id,
+            super::timestamp(g.copy.first_seen),
+            super::timestamp(g.copy.last_seen),
+            g.judgement.reason,
+            frames.iter().map(Frame::describe).collect(),
+            g.copy.alloc_count as i64,
+            g.copy.alloc_bytes as i64,
+            (g.copy.alloc_count - g.copy.live_count) as i64,
+            (g.copy.alloc_bytes - g.copy.live_bytes) as i64,
+            g.copy.exact,
+        )
+    }))
+}
+
+/// Adds frames, the culprit's index and the query id where the caller may see it. The memory for symbols is given
+/// back before the first row is returned.
+fn named(rows: Vec<Gathered>) -> impl Iterator<Item = (Gathered, Vec<Frame>, usize, Option<i64>)> {
+    let share = super::share();
+    let mut symbols = Symbols::new(&share);
+    let all_stats = super::reads_all_stats();
+    let named: Vec<_> = rows
+        .into_iter()
+        .map(|g| {
+            let (frames, at) = culprit(&mut symbols, g.copy.stack);
+            let query_id = Some(g.copy.query_id).filter(|&id| id != 0 && all_stats);
+            (g, frames, at, query_id)
+        })
+        .collect();
+    drop(symbols);
+    named.into_iter()
+}
+
+fn name(frames: &[Frame], at: usize) -> String {
+    frames.get(at).map_or("(unknown)", Frame::name).into()
+}
+
+fn location(frames: &[Frame], at: usize) -> String {
+    frames.get(at).map_or("(unknown)", |f| f.location.as_str()).into()
+}

@@ -1,0 +1,103 @@
+//! The SQL surface: one thin file per function, and what they share.
+
+mod contexts;
+mod gather;
+mod install;
+mod leaks;
+mod processes;
+mod reset;
+
+use core::ffi::CStr;
+use std::sync::atomic::Ordering::*;
+
+use pgrx::datum::TimestampWithTimeZone;
+use pgrx::pg_sys::panic::ErrorReport;
+use pgrx::{PgLogLevel, PgSqlErrorCode, pg_sys};
+
+use crate::share::Share;
+use crate::share::slot::{POSTMASTER, Slot};
+use crate::{hook, load, process};
+
+/// Raises an ERROR.
+fn refuse(code: PgSqlErrorCode, message: String, hint: &str) -> ! {
+    ErrorReport::new(code, message, "rheap").set_hint(hint).report(PgLogLevel::ERROR);
+    unreachable!("an ERROR does not return")
+}
+
+/// The slots of one process or of all, or the ERROR that says what to do instead.
+fn slots(function: &str, pid: Option<i32>) -> (Share, Vec<(u32, &'static Slot)>) {
+    let share = share();
+    // SAFETY: a plain system call.
+    let own = unsafe { libc::getpid() };
+    if !share.cluster && pid != Some(own) {
+        refuse(
+            PgSqlErrorCode::ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE,
+            format!("{function} needs the data of other processes, and rheap was loaded in this session only"),
+            &format!(
+                "Set shared_preload_libraries = 'rheap' and restart the server. For this session alone, write {function}(pg_backend_pid())."
+            ),
+        );
+    }
+    let mut live: Vec<_> = share.live_slots().collect();
+    if let Some(pid) = pid {
+        live.retain(|(_, slot)| slot.pid.load(Acquire) == pid);
+        if live.is_empty() && pid != own {
+            refuse(
+                PgSqlErrorCode::ERRCODE_INVALID_PARAMETER_VALUE,
+                format!("no process of this cluster has the pid {pid}"),
+                "SELECT pid, backend_type FROM rheap_processes lists the processes that rheap knows.",
+            );
+        }
+    }
+    (share, live)
+}
+
+fn share() -> Share {
+    if let Some(reason) = load::refusal() {
+        refuse(
+            PgSqlErrorCode::ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE,
+            format!("rheap records nothing: {reason}"),
+            "Remove the other hook or use a build of rheap for this server, then restart; the server log has the warning from the start.",
+        );
+    }
+    // SAFETY: between two hooks; only copied.
+    match unsafe { process::current() }.share {
+        Some(share) if hook::is_hooked() => share,
+        _ => refuse(
+            PgSqlErrorCode::ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE,
+            "rheap is not loaded".into(),
+            "Write LOAD 'rheap', or set shared_preload_libraries = 'rheap' and restart the server.",
+        ),
+    }
+}
+
+/// As in `pg_stat_activity`.
+fn backend_type(slot: &Slot) -> String {
+    let kind = slot.backend_type.load(Relaxed);
+    if kind == POSTMASTER {
+        return "postmaster".into();
+    }
+    // SAFETY: both return static or shared strings, or NULL for a worker that has just ended.
+    unsafe {
+        let worker = if kind == pg_sys::BackendType::B_BG_WORKER as i32 {
+            pg_sys::GetBackgroundWorkerTypeByPid(slot.pid.load(Acquire))
+        } else {
+            std::ptr::null()
+        };
+        let name = if worker.is_null() { pg_sys::GetBackendTypeDesc(kind as _) } else { worker };
+        CStr::from_ptr(name).to_string_lossy().into_owned()
+    }
+}
+
+/// Whether the caller may see what statements run.
+fn reads_all_stats() -> bool {
+    // SAFETY: plain catalog look-ups of the current user.
+    unsafe { pg_sys::has_privs_of_role(pg_sys::GetUserId(), pg_sys::Oid::from(ROLE_PG_READ_ALL_STATS)) }
+}
+
+/// `pg_read_all_stats` in pg_authid.dat.
+const ROLE_PG_READ_ALL_STATS: u32 = 3375;
+
+fn timestamp(micros: i64) -> Option<TimestampWithTimeZone> {
+    if micros == 0 { None } else { TimestampWithTimeZone::try_from(micros).ok() }
+}

@@ -1,0 +1,15 @@
+//! `rheap_reset`.
+
+use std::sync::atomic::Ordering::*;
+
+use pgrx::prelude::*;
+
+/// Forgets the history of one process or of all. Takes effect at once for readers; the process itself follows when
+/// it next works, and what it held before is not followed any more.
+#[pg_extern(volatile, parallel_unsafe)]
+fn rheap_reset(pid: default!(Option<i32>, "NULL")) {
+    let (_, slots) = super::slots("rheap_reset", pid);
+    for (_, slot) in slots {
+        slot.resets_wanted.fetch_add(1, AcqRel);
+    }
+}

@@ -1,0 +1,135 @@
+//! From a return address to functions, files and lines. Only in the process that asks, and nothing of it is kept:
+//! the memory that debug information takes is given back before the caller sees the answer.
+
+mod debug_files;
+pub mod helpers;
+
+use std::collections::HashMap;
+use std::path::Path;
+
+use crate::share::{Share, dictionary};
+use crate::stack::{CUT, unframe};
+
+/// One function at one place; several of them for one address where functions were inlined.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Frame {
+    /// None where the name would be a guess.
+    pub function: Option<String>,
+    /// `file:line`, or `module+0xoffset` without debug information.
+    pub location: String,
+    /// `module+0xoffset`, always.
+    pub address: String,
+}
+
+impl Frame {
+    pub fn name(&self) -> &str {
+        self.function.as_deref().unwrap_or(&self.address)
+    }
+
+    pub fn describe(&self) -> String {
+        match &self.function {
+            Some(function) => format!("{function} at {}", self.location),
+            None => self.address.clone(),
+        }
+    }
+}
+
+fn module_path(share: &Share, module: u32) -> Option<String> {
+    dictionary::unpack(&share.modules.get(module)).map(|(_, path)| path)
+}
+
+fn module_name(path: &str) -> &str {
+    path.rsplit('/').next().unwrap_or(path)
+}
+
+/// `module+0xoffset` of a frame word.
+pub fn address(share: &Share, word: u64) -> String {
+    if word == CUT {
+        return "(cut)".into();
+    }
+    let (module, offset) = unframe(word);
+    match module_path(share, module) {
+        Some(path) => format!("{}+{offset:#x}", module_name(&path)),
+        None => "(unknown module)".into(),
+    }
+}
+
+/// The symbols that one query needs.
+pub struct Symbols<'a> {
+    share: &'a Share,
+    sources: HashMap<u32, Option<debug_files::Source>>,
+    frames: HashMap<u64, Vec<Frame>>,
+}
+
+impl<'a> Symbols<'a> {
+    pub fn new(share: &'a Share) -> Self {
+        Symbols { share, sources: HashMap::new(), frames: HashMap::new() }
+    }
+
+    /// The frames of a stored stack, innermost first, down to `main`.
+    pub fn stack(&mut self, stack: u32) -> Vec<Frame> {
+        let mut all = Vec::new();
+        for word in self.share.stacks.get(stack) {
+            let frames = self.frames(word);
+            let outermost = frames.iter().any(|f| f.function.as_deref() == Some("main"));
+            all.extend(frames);
+            if outermost {
+                break;
+            }
+        }
+        all
+    }
+
+    fn frames(&mut self, word: u64) -> Vec<Frame> {
+        if let Some(known) = self.frames.get(&word) {
+            return known.clone();
+        }
+        let found = self.resolve(word);
+        self.frames.insert(word, found.clone());
+        found
+    }
+
+    fn resolve(&mut self, word: u64) -> Vec<Frame> {
+        let address = address(self.share, word);
+        let unnamed = || vec![Frame { function: None, location: address.clone(), address: address.clone() }];
+        let (module, offset) = unframe(word);
+        if word == CUT || offset == 0 {
+            return unnamed();
+        }
+        let share = self.share;
+        let source = self.sources.entry(module).or_insert_with(|| {
+            let path = module_path(share, module)?;
+            debug_files::open(Path::new(&path))
+        });
+        let Some(source) = source else { return unnamed() };
+        // The return address belongs to the instruction after the call.
+        let probe = offset - 1;
+        let mut frames = Vec::new();
+        if let Some(Ok(mut inlined)) = source.dwarf.as_ref().map(|d| d.find_frames(probe)) {
+            while let Ok(Some(frame)) = inlined.next() {
+                let function = frame.function.and_then(|f| f.demangle().ok().map(|n| n.into_owned()));
+                let location = frame.location.and_then(|l| Some(format!("{}:{}", l.file?, l.line?)));
+                frames.push(Frame {
+                    function,
+                    location: location.unwrap_or_else(|| address.clone()),
+                    address: address.clone(),
+                });
+            }
+        }
+        if frames.iter().all(|f| f.function.is_none()) {
+            frames = unnamed();
+            frames[0].function =
+                source.function(probe).map(|name| addr2line::demangle_auto(name.into(), None).into_owned());
+        }
+        frames
+    }
+}
+
+impl Drop for Symbols<'_> {
+    fn drop(&mut self) {
+        self.sources.clear();
+        self.frames.clear();
+        // SAFETY: returns free pages of the C heap to the system; touches nothing in use.
+        unsafe { libc::malloc_trim(0) };
+    }
+}

@@ -1,0 +1,206 @@
+//! Reads the context tree into a bounded time series per context path.
+
+use std::sync::atomic::Ordering::*;
+
+use crate::hook::{self, Table as MethodTable};
+use crate::ledger::account::HISTORY;
+use crate::ledger::region::Budget;
+use crate::ledger::table::{Entry, Table};
+use crate::pg_compat::{self, MemoryContext};
+use crate::process::{self, DEEPEST, Process};
+use crate::settings::{self, Mode};
+use crate::share::row::Seen;
+use crate::share::slot::Slot;
+use pgrx::pg_sys;
+
+/// What this walk has found of a path so far, and where its row is.
+#[derive(Clone, Copy, Default)]
+struct Found {
+    path: u64,
+    seen: Seen,
+    walk: u32,
+    /// Id of the row plus 1; 0: none yet.
+    row: u32,
+    chain: u32,
+}
+
+impl Entry for Found {
+    fn key(&self) -> u64 {
+        self.path
+    }
+    fn chain(&self) -> u32 {
+        self.chain
+    }
+    fn set_chain(&mut self, next: u32) {
+        self.chain = next;
+    }
+}
+
+pub struct Walk {
+    paths: Table<Found>,
+    /// Microseconds, as `process::now`.
+    next: i64,
+    fresh: bool,
+}
+
+/// A walk may take this part of the process's time: the next one waits for as many times its duration.
+const PART: i64 = 100;
+
+impl Walk {
+    pub const fn new() -> Self {
+        Walk { paths: Table::new(), next: 0, fresh: false }
+    }
+
+    pub fn is_due(&self, now: i64) -> bool {
+        now >= self.next
+    }
+
+    /// A walk has been made since leaks were last looked for.
+    #[inline]
+    pub fn has_news(&self) -> bool {
+        self.fresh
+    }
+
+    /// The next walk is the first, and sets the baseline.
+    pub fn forget(&mut self, budget: &mut Budget) {
+        self.paths.clear(budget);
+        self.next = 0;
+    }
+}
+
+fn clock() -> i64 {
+    let mut t = libc::timespec { tv_sec: 0, tv_nsec: 0 };
+    // SAFETY: writes to a local.
+    unsafe { libc::clock_gettime(libc::CLOCK_MONOTONIC, &mut t) };
+    t.tv_sec * 1_000_000 + t.tv_nsec / 1000
+}
+
+/// Visits every context once, adds it to its path's row, and adopts what should be watched.
+///
+/// # Safety
+/// The tree is consistent: at the entry or exit of a palloc, or between messages; not in a signal handler.
+pub unsafe fn walk(process: &mut Process, slot: &Slot) {
+    let Some(share) = process.share else { return };
+    let start = clock();
+    let number = slot.walks.load(Relaxed) + 1;
+    let first = number == 1;
+    let on = settings::mode() != Mode::Off as u32;
+    let adopt = settings::adopt_bytes();
+    let mut trail = [0u32; DEEPEST];
+    let (mut total, mut watched) = (0u64, 0u32);
+    // SAFETY: the caller's promise; visiting changes only `methods`, which the links do not depend on.
+    unsafe {
+        hook::each_context(|context, depth| {
+            let level = depth.min(DEEPEST - 1);
+            let parent = if level == 0 { 0 } else { trail[level - 1] };
+            let path = if depth < DEEPEST { process::path_under(parent, context, &share) } else { trail[level] };
+            trail[level] = path;
+            let size = (*context).mem_allocated as u64;
+            if on && (hook::long_lived(context) || (size > adopt && hook::table_of(context) == MethodTable::Pass)) {
+                hook::watch(context);
+            }
+            let is_watched = hook::table_of(context) == MethodTable::Watch;
+            watched += is_watched as u32;
+            if is_watched {
+                let Process { ledger, sites, slot, .. } = process;
+                let (slot, share) = (*slot, &share);
+                ledger.reparent(context as u64, path, share, |ledger, stack, path| {
+                    Process::open_site(ledger, sites, share, slot, stack, path)
+                });
+            }
+            let seen = measure(context, is_watched);
+            total += seen.total_bytes;
+            add(&mut process.walk.paths, &mut process.aside, path, seen, number);
+            true
+        });
+    }
+    slot.walk_times[number as usize % HISTORY].store(process::now(), Relaxed);
+    process.ledger.each_site(|site| share.sites.rows[site as usize].walked(number));
+    for id in 1..=process.walk.paths.high() {
+        let found = process.walk.paths.get_mut(id);
+        if found.row == 0 {
+            let Some(row) = process.rows.take(&share.rows, process.slot) else { break };
+            found.row = row + 1;
+        }
+        // A path that this walk did not meet holds nothing now.
+        let seen = if found.walk == number { found.seen } else { Seen { kind: found.seen.kind, ..Seen::default() } };
+        share.rows.rows[found.row as usize - 1].publish(found.path as u32, seen, process::now(), first);
+    }
+    slot.context_bytes.store(total, Relaxed);
+    slot.watched_contexts.store(watched, Relaxed);
+    slot.walks.store(number, Release);
+    let duration = clock() - start;
+    process.walk.next = process::now() + (settings::walk_interval_ms() as i64 * 1000).max(duration * PART);
+    process.walk.fresh = true;
+}
+
+/// # Safety
+/// A live context.
+unsafe fn measure(context: MemoryContext, watched: bool) -> Seen {
+    let mut counters = pg_sys::MemoryContextCounters { nblocks: 0, freechunks: 0, totalspace: 0, freespace: 0 };
+    // SAFETY: `stats` only reads the context's blocks and free lists, and adds to the counters.
+    unsafe {
+        if let Some(stats) = (*(*context).methods).stats {
+            stats(context, None, std::ptr::null_mut(), &mut counters, false);
+        }
+        Seen {
+            contexts: 1,
+            total_bytes: counters.totalspace as u64,
+            free_bytes: counters.freespace as u64,
+            kind: pg_compat::kind_of(context).map_or(pg_compat::KINDS.len() as u32, |k| k as u32),
+            watched,
+        }
+    }
+}
+
+fn add(paths: &mut Table<Found>, budget: &mut Budget, path: u32, seen: Seen, walk: u32) {
+    let mut id = paths.find(path as u64);
+    if id == 0 && path != 0 {
+        id = paths.insert(Found { path: path as u64, ..Found::default() }, budget);
+    }
+    if id == 0 {
+        return;
+    }
+    let found = paths.get_mut(id);
+    if found.walk != walk {
+        found.walk = walk;
+        found.seen = Seen::default();
+    }
+    found.seen.contexts += seen.contexts;
+    found.seen.total_bytes += seen.total_bytes;
+    found.seen.free_bytes += seen.free_bytes;
+    found.seen.kind = seen.kind;
+    found.seen.watched |= seen.watched;
+}
+
+/// After a walk, with `rheap.log_leaks`: one line for each leak that is seen for the first time.
+pub fn log_new_leaks() {
+    // SAFETY: between two messages; no hook is at work.
+    let process = unsafe { process::current() };
+    if !std::mem::take(&mut process.walk.fresh) || !settings::log_leaks() {
+        return;
+    }
+    let (Some(share), Some(slot)) = (process.share, process.slot()) else { return };
+    let mut leaks = Vec::new();
+    process.ledger.each_site(|id| {
+        let site = &share.sites.rows[id as usize];
+        if let Some(copy) = site.copy()
+            && crate::verdict::judge_site(&share, slot, &copy).verdict == crate::verdict::Verdict::Leak
+            && site.first_report()
+        {
+            leaks.push(copy);
+        }
+    });
+    for copy in leaks {
+        let frames = share.stacks.get(copy.stack);
+        let stack: Vec<String> = frames.iter().take(8).map(|&f| crate::symbols::address(&share, f)).collect();
+        pgrx::log!(
+            "rheap: leak of {} bytes in {} allocations in {} at {}; SELECT * FROM rheap_leaks({}) names the functions",
+            copy.live_bytes,
+            copy.live_count,
+            share.path_name(copy.path),
+            stack.join(" < "),
+            std::process::id(),
+        );
+    }
+}
