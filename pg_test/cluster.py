@@ -108,14 +108,8 @@ class Cluster:
         self.log = self.root / "log"
         self.sessions = []
         run(self.bin / "initdb", "-D", self.data, "-U", "postgres", "-A", "trust", "-N", "--no-instructions")
-        self.configure(
-            shared_preload_libraries=preload,
-            listen_addresses="",
-            unix_socket_directories=str(self.root),
-            max_connections=100,
-            fsync="off",
-            **settings,
-        )
+        defaults = dict(listen_addresses="", unix_socket_directories=self.root, max_connections=100, fsync="off")
+        self.configure(shared_preload_libraries=preload, **{**defaults, **settings})
         self.start()
         if "rheap" in preload:
             self.sql("CREATE EXTENSION rheap")
@@ -165,6 +159,9 @@ class Cluster:
         if done.returncode != 0:
             raise SqlError(done.stdout)
         return done.stdout.rstrip("\n")
+
+    def run_file(self, path):
+        self.sql(Path(path).read_text())
 
     def rows(self, sql, **options):
         """Rows of a query as dictionaries."""

@@ -13,11 +13,13 @@ static REFUSAL: OnceCell<String> = OnceCell::new();
 const OTHERS: usize = 48;
 
 pub fn init() {
-    settings::define();
+    // SAFETY: a plain read of the server's global.
+    let startup = unsafe { pg_sys::process_shared_preload_libraries_in_progress };
+    settings::define(startup);
     // SAFETY: plain reads of the server's globals, and calls that are meant for `_PG_init`.
     let result = unsafe {
         pg_sys::EnableQueryId();
-        let cluster = pg_sys::process_shared_preload_libraries_in_progress && pg_sys::PostmasterPid == libc::getpid();
+        let cluster = startup && pg_sys::PostmasterPid == libc::getpid();
         let processes = if cluster { most_processes() } else { 1 };
         process::prepare(processes, cluster).and_then(|()| hook::install())
     };

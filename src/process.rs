@@ -43,6 +43,8 @@ pub struct Process {
     pub rows: Cursor,
     pub walk: Walk,
     epoch: u32,
+    /// `MyBackendType` as last seen: a child says who it is only some allocations after its start.
+    kind: i32,
     /// Set once messages arrive: then they are the epochs of work, and the safe points for walks.
     has_messages: bool,
     looks: u32,
@@ -68,6 +70,7 @@ static PROCESS: Global = Global(UnsafeCell::new(Process {
     rows: Cursor { next: 0, end: 0, chunks: 0 },
     walk: Walk::new(),
     epoch: 0,
+    kind: 0,
     has_messages: false,
     looks: 0,
     now: 0,
@@ -91,6 +94,20 @@ pub fn now() -> i64 {
     // SAFETY: writes to a local; answered without entering the kernel.
     unsafe { libc::clock_gettime(libc::CLOCK_REALTIME_COARSE, &mut t) };
     (t.tv_sec - EPOCH) * 1_000_000 + t.tv_nsec / 1000
+}
+
+/// The type of this process, or [`POSTMASTER`].
+#[inline]
+pub fn backend_type() -> i32 {
+    // SAFETY: plain reads of the server's globals.
+    unsafe {
+        // Without a type: the postmaster, a child that has not got so far yet, or single-user mode.
+        if pg_sys::MyBackendType == pg_sys::BackendType::B_INVALID && pg_sys::PostmasterPid == libc::getpid() {
+            POSTMASTER
+        } else {
+            pg_sys::MyBackendType as i32
+        }
+    }
 }
 
 #[inline]
@@ -182,7 +199,7 @@ impl Process {
         self.now = now();
         self.ledger.clear();
         self.ledger.seed(self.pid as u64 ^ (self.now as u64) << 20);
-        self.walk.forget(&mut self.aside);
+        self.walk.forget(self.now, &mut self.aside);
         self.sites = Cursor::default();
         self.rows = Cursor::default();
         self.epoch = 1;
@@ -202,6 +219,7 @@ impl Process {
         let Some(slot) = self.slot() else { return };
         let kind = backend_type();
         let mode = settings::mode();
+        self.kind = kind;
         slot.backend_type.store(kind, Relaxed);
         slot.mode.store(mode, Relaxed);
         // What allocates little can always be exact.
@@ -223,7 +241,7 @@ impl Process {
     fn forget(&mut self, share: &Share, slot: &Slot) {
         let wanted = slot.resets_wanted.load(Acquire);
         self.ledger.clear();
-        self.walk.forget(&mut self.aside);
+        self.walk.forget(self.now, &mut self.aside);
         share.sites.release(self.slot, Site::close);
         share.rows.release(self.slot, Row::close);
         self.sites = Cursor::default();
@@ -313,6 +331,9 @@ impl Process {
         {
             self.forget(&share, slot);
         }
+        if self.kind != backend_type() {
+            self.follow_settings();
+        }
         if settings::mode() != Mode::Off as u32 {
             bump(&slot.allocations);
             match self.ledger.decide(size) {
@@ -346,17 +367,6 @@ impl Process {
             // SAFETY: at the exit of a palloc or between two messages, where the tree is consistent.
             unsafe { crate::walk::walk(self, slot) };
             self.publish(slot);
-        }
-    }
-}
-
-pub fn backend_type() -> i32 {
-    // SAFETY: plain reads of the server's globals.
-    unsafe {
-        if !pg_sys::IsUnderPostmaster && pg_sys::PostmasterPid == libc::getpid() {
-            POSTMASTER
-        } else {
-            pg_sys::MyBackendType as i32
         }
     }
 }
@@ -490,10 +500,14 @@ pub fn message_done() {
         {
             p.forget(&share, slot);
         }
+        if slot.walks.load(Relaxed) == 0 {
+            p.walk.hurry();
+        }
         p.has_messages = true;
         slot.has_messages.store(1, Relaxed);
         p.next_epoch();
         p.follow_settings();
+        p.walk.note_held(p.ledger.held_bytes(), now());
         p.look(slot);
         p.publish(slot);
     });

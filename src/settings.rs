@@ -118,8 +118,8 @@ bounded!(check_stack_depth, 1, 64, c"Write a number of frames from 1 to 64.");
 bounded!(check_memory_limit, 4096, i32::MAX, c"Write a size of at least 4MB, for example '32MB'.");
 bounded!(check_max_call_sites, 1024, 1 << 24, c"Write a number from 1024 to 16777216; each takes about half a kilobyte when used.");
 
-/// Defines all settings. Called once, from `_PG_init`.
-pub fn define() {
+/// Defines all settings. Called once, from `_PG_init`; `startup` says that the postmaster is starting.
+pub fn define(startup: bool) {
     GucRegistry::define_enum_guc(
         c"rheap.mode",
         c"Which allocations in watched memory contexts get a call stack.",
@@ -203,7 +203,8 @@ pub fn define() {
         c"Capacity of the table of call sites that all processes share.",
         c"",
         &MAX_CALL_SITES,
-        GucContext::Postmaster,
+        // The server refuses to define a postmaster's setting in a session, where it is fixed as well.
+        if startup { GucContext::Postmaster } else { GucContext::SuBackend },
         GucFlags::default(),
         Some(check_max_call_sites),
     );

@@ -20,7 +20,7 @@ version=17.11
 sha256=dd27f2b3c59e73ed14aa3324901242bf69a032a6347805f274e6260322d42979
 
 configure=(--enable-debug --without-icu --without-readline)
-key=$( { echo "$version ${configure[*]}"; [ "$flavour" = control ] || cat "$here/pg17-leaks.patch"; } | sha256sum | cut -c1-12)
+key=$( { echo "$version ${configure[*]}"; if [ "$flavour" = control ]; then echo with regress and spi; else cat "$here/pg17-leaks.patch"; fi; } | sha256sum | cut -c1-12)
 prefix=$cache/pg17-$flavour-$key
 if [ -e "$prefix/.complete" ]; then echo "$prefix"; exit 0; fi
 
@@ -78,10 +78,15 @@ cd "$source"
 ./configure --prefix="$prefix" "${configure[@]}" >>"$log" 2>&1 || fail "configure"
 make -s -j"$(nproc)" -C src all >>"$log" 2>&1 || fail "make"
 make -s -C src install >>"$log" 2>&1 || fail "make install"
-make -s -j"$(nproc)" -C src/test/regress all >>"$log" 2>&1 || fail "make in src/test/regress"
-# What the regression suite needs to run without the build tree. The sources stay: gdb and readers want the lines.
-mkdir -p "$prefix/regress"
-cp -r src/test/regress/{sql,expected,data,parallel_schedule,resultmap,pg_regress,regress.so} "$prefix/regress/"
+if [ "$flavour" = control ]; then
+    # What the regression suite needs to run without the build tree.
+    make -s -j"$(nproc)" -C src/test/regress all >>"$log" 2>&1 || fail "make in src/test/regress"
+    make -s -C contrib/spi >>"$log" 2>&1 || fail "make in contrib/spi"
+    mkdir -p "$prefix/regress"
+    cp -r src/test/regress/{sql,expected,data,parallel_schedule,resultmap,pg_regress,regress.so} "$prefix/regress/"
+    cp contrib/spi/{refint,autoinc}.so "$prefix/regress/"
+fi
+# The tests look up the lines of the leaks here.
 mkdir -p "$prefix/src"
 cp src/backend/postmaster/postmaster.c src/backend/utils/adt/pseudorandomfuncs.c "$prefix/src/"
 cd /; rm -rf "$source"

@@ -133,6 +133,8 @@ pub struct Ledger {
     rng: Rng,
     /// Records given up because the budget was exhausted.
     dropped: u64,
+    /// Bytes that all accounts together hold, in the fixed point of the accounts.
+    held: u64,
     last_context: u32,
 }
 
@@ -151,6 +153,7 @@ impl Ledger {
             gap: 0,
             rng: Rng::new(seed),
             dropped: 0,
+            held: 0,
             last_context: 0,
         }
     }
@@ -166,6 +169,11 @@ impl Ledger {
 
     pub fn dropped(&self) -> u64 {
         self.dropped
+    }
+
+    /// Bytes alive, as estimated from the records.
+    pub fn held_bytes(&self) -> u64 {
+        self.held / ONE
     }
 
     /// Records alive.
@@ -306,6 +314,7 @@ impl Ledger {
             account.set_inexact();
             return;
         }
+        self.held = self.held.wrapping_add(weight * size);
         account.record(size, alloc_weight, weight, stamp);
     }
 
@@ -358,7 +367,9 @@ impl Ledger {
 
     fn end(&mut self, id: u32, sites: &impl Sites) {
         let record = self.take(id);
-        sites.site(record.site).end(record.size(), self.live_weight(&record), record.epoch);
+        let weight = self.live_weight(&record);
+        self.held = self.held.wrapping_sub(weight * record.size());
+        sites.site(record.site).end(record.size(), weight, record.epoch);
     }
 
     /// Ends the record of a chunk. False when it has none: it was not sampled, or is older than rheap.
@@ -453,6 +464,7 @@ impl Ledger {
             if self.rng.unit() <= keep {
                 let (old, new) = (self.live_weight(&record), sampling::weight(record.size(), rate));
                 self.records.get_mut(id).size_level = record.size() | (self.level as u64) << 56;
+                self.held = self.held.wrapping_add((new - old) * record.size());
                 sites.site(record.site).reweigh(record.size(), old, new);
             } else {
                 self.end(id, sites);
@@ -468,6 +480,7 @@ impl Ledger {
         self.contexts.clear(&mut self.budget);
         self.sites.clear(&mut self.budget);
         self.last_context = 0;
+        self.held = 0;
         self.dropped = 0;
         self.use_rate(self.base);
     }

@@ -80,7 +80,6 @@ struct Chunk {
     context: u64,
     stack: u32,
     path: u32,
-    epoch: u32,
 }
 
 #[derive(Default)]
@@ -92,9 +91,9 @@ struct Model {
 }
 
 impl Model {
-    fn alloc(&mut self, address: u64, size: u64, context: u64, stack: u32, epoch: u32) {
+    fn alloc(&mut self, address: u64, size: u64, context: u64, stack: u32) {
         let path = *self.paths.entry(context).or_insert(context as u32);
-        self.live.insert(address, Chunk { size, context, stack, path, epoch });
+        self.live.insert(address, Chunk { size, context, stack, path });
         let allocs = self.allocs.entry((stack, path)).or_default();
         *allocs = (allocs.0 + 1, allocs.1 + size);
     }
@@ -128,7 +127,7 @@ proptest! {
             match op {
                 Op::Alloc { chunk, size, context, stack } => {
                     alloc(&mut ledger, &sites, address(chunk), size, context * 64, context as u32, stack, epoch);
-                    model.alloc(address(chunk), size, context, stack, epoch);
+                    model.alloc(address(chunk), size, context, stack);
                 }
                 Op::Free { chunk } => {
                     let known = model.live.remove(&address(chunk)).is_some();
@@ -138,7 +137,7 @@ proptest! {
                     if let Some(old) = model.live.remove(&address(chunk)) {
                         ledger.free(address(chunk), &sites);
                         alloc(&mut ledger, &sites, address(to), size, old.context * 64, old.path, stack, epoch);
-                        model.alloc(address(to), size, old.context, stack, epoch);
+                        model.alloc(address(to), size, old.context, stack);
                     }
                 }
                 Op::Reset { context } => {
@@ -159,6 +158,7 @@ proptest! {
             }
         }
         prop_assert_eq!(ledger.records(), model.live.len());
+        prop_assert_eq!(ledger.held_bytes(), model.live.values().map(|c| c.size).sum::<u64>());
         for stack in 1..7 {
             for path in 1..7 {
                 let of_site = |c: &&Chunk| c.stack == stack && c.path == path;
@@ -199,7 +199,7 @@ proptest! {
             prop_assert!(ledger.own_bytes() <= pages * 4096);
         }
         ledger.delete(64, &sites);
-        prop_assert_eq!(ledger.records(), 0);
+        prop_assert_eq!((ledger.records(), ledger.held_bytes()), (0, 0));
         for site in &sites.0 {
             if let Some(copy) = site.copy() {
                 // What was added with a weight was subtracted with the same weight, thinned or not.

@@ -42,6 +42,22 @@ fn module_name(path: &str) -> &str {
     path.rsplit('/').next().unwrap_or(path)
 }
 
+/// A source path without the folder that it was built in: from its last `src` or `contrib` on.
+fn short(path: &str) -> String {
+    let mut parts: Vec<&str> = Vec::new();
+    for part in path.split('/') {
+        match part {
+            ".." if parts.last().is_some_and(|p| !p.is_empty()) => drop(parts.pop()),
+            "." => (),
+            part => parts.push(part),
+        }
+    }
+    match parts.iter().rposition(|&p| p == "src" || p == "contrib") {
+        Some(root) => parts[root..].join("/"),
+        None => parts.join("/"),
+    }
+}
+
 /// `module+0xoffset` of a frame word.
 pub fn address(share: &Share, word: u64) -> String {
     if word == CUT {
@@ -108,7 +124,7 @@ impl<'a> Symbols<'a> {
         if let Some(Ok(mut inlined)) = source.dwarf.as_ref().map(|d| d.find_frames(probe)) {
             while let Ok(Some(frame)) = inlined.next() {
                 let function = frame.function.and_then(|f| f.demangle().ok().map(|n| n.into_owned()));
-                let location = frame.location.and_then(|l| Some(format!("{}:{}", l.file?, l.line?)));
+                let location = frame.location.and_then(|l| Some(format!("{}:{}", short(l.file?), l.line?)));
                 frames.push(Frame {
                     function,
                     location: location.unwrap_or_else(|| address.clone()),
@@ -131,5 +147,56 @@ impl Drop for Symbols<'_> {
         self.frames.clear();
         // SAFETY: returns free pages of the C heap to the system; touches nothing in use.
         unsafe { libc::malloc_trim(0) };
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::stack::frame;
+
+    #[test]
+    fn a_source_path_is_short_and_clear() {
+        assert_eq!(short("/b/pg/src/backend/postmaster/postmaster.c"), "src/backend/postmaster/postmaster.c");
+        assert_eq!(short("/b/src/backend/executor/../../../src/include/executor/executor.h"), "src/include/executor/executor.h");
+        assert_eq!(short("./build/../src/common/x.c"), "src/common/x.c");
+        assert_eq!(short("leak.c"), "leak.c");
+    }
+
+    /// The offset of a function of this test's own executable.
+    fn own_frame(share: &Share, f: usize) -> u64 {
+        let exe = std::fs::read_link("/proc/self/exe").unwrap();
+        let mut words = [0; 64];
+        let n = dictionary::pack(0, exe.as_os_str().as_encoded_bytes(), &mut words);
+        let module = share.modules.intern(&words[..n]);
+        let mut modules = crate::stack::modules::Modules::new();
+        modules.set_main_path();
+        modules.refresh(&share.modules);
+        let (found, offset) = modules.locate(f as u64 + 4, &share.modules).unwrap();
+        assert_eq!(found, module);
+        frame(module, offset)
+    }
+
+    #[inline(never)]
+    fn landmark() {
+        std::hint::black_box(17);
+    }
+
+    #[test]
+    fn an_address_in_a_file_with_debug_information_has_function_and_line() {
+        let share = Share::map(1, 16, false).unwrap();
+        let word = own_frame(&share, landmark as *const () as usize);
+        let stack = share.stacks.intern(&[word, CUT]);
+        let frames = Symbols::new(&share).stack(stack);
+        assert!(frames[0].name().ends_with("landmark"), "{frames:?}");
+        assert!(frames[0].location.starts_with("src/symbols/mod.rs:"), "{frames:?}");
+        assert_eq!(frames[1].describe(), "(cut)");
+    }
+
+    #[test]
+    fn an_unknown_module_is_not_guessed() {
+        let share = Share::map(1, 16, false).unwrap();
+        let stack = share.stacks.intern(&[frame(499, 0x10)]);
+        assert_eq!(Symbols::new(&share).stack(stack)[0].describe(), "(unknown module)");
     }
 }

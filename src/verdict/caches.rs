@@ -13,6 +13,7 @@ const CACHES: &[(&str, &str)] = &[
     ("TopMemoryContext/TopPortalContext", "portals end with their transaction or cursor"),
     ("TopMemoryContext/LocalBufferContext", "the buffers of temporary tables are made once"),
     ("TopMemoryContext/Prepared Queries", "one entry for each prepared statement"),
+    ("TopMemoryContext/Pending ops context", "requests wait for the next checkpoint, and their table keeps its largest size"),
     ("TopMemoryContext/dynahash", "hash tables of the server grow by doubling"),
 ];
 

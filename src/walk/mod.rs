@@ -40,15 +40,21 @@ pub struct Walk {
     paths: Table<Found>,
     /// Microseconds, as `process::now`.
     next: i64,
+    /// Not before this, whatever has happened.
+    earliest: i64,
+    /// Bytes alive in the ledger at the last walk.
+    held: u64,
     fresh: bool,
 }
 
 /// A walk may take this part of the process's time: the next one waits for as many times its duration.
 const PART: i64 = 100;
+/// A change of this many bytes is worth a walk out of turn.
+const NEWS: u64 = 1 << 20;
 
 impl Walk {
     pub const fn new() -> Self {
-        Walk { paths: Table::new(), next: 0, fresh: false }
+        Walk { paths: Table::new(), next: 0, earliest: 0, held: 0, fresh: false }
     }
 
     pub fn is_due(&self, now: i64) -> bool {
@@ -61,10 +67,23 @@ impl Walk {
         self.fresh
     }
 
-    /// The next walk is the first, and sets the baseline.
-    pub fn forget(&mut self, budget: &mut Budget) {
+    /// The next walk is the first, and sets the baseline. It waits, so that what a process needs to start is in it.
+    pub fn forget(&mut self, now: i64, budget: &mut Budget) {
         self.paths.clear(budget);
+        self.next = now + settings::walk_interval_ms() as i64 * 1000;
+    }
+
+    /// Walks at the next look.
+    pub fn hurry(&mut self) {
         self.next = 0;
+    }
+
+    /// A statement has ended that changed much: its session may be idle for long from now on, and should not be
+    /// seen as it was before.
+    pub fn note_held(&mut self, held: u64, now: i64) {
+        if held.abs_diff(self.held) >= NEWS && now >= self.earliest {
+            self.hurry();
+        }
     }
 }
 
@@ -130,7 +149,10 @@ pub unsafe fn walk(process: &mut Process, slot: &Slot) {
     slot.watched_contexts.store(watched, Relaxed);
     slot.walks.store(number, Release);
     let duration = clock() - start;
-    process.walk.next = process::now() + (settings::walk_interval_ms() as i64 * 1000).max(duration * PART);
+    let now = process::now();
+    process.walk.earliest = now + duration * PART;
+    process.walk.next = process.walk.earliest.max(now + settings::walk_interval_ms() as i64 * 1000);
+    process.walk.held = process.ledger.held_bytes();
     process.walk.fresh = true;
 }
 

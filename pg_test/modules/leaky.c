@@ -1,0 +1,126 @@
+/*
+ * A module that leaks on purpose.
+ *
+ * In shared_preload_libraries it leaks 80 bytes in the postmaster for each process that the postmaster starts, by a
+ * fork handler. Its SQL functions allocate in contexts that outlive the transaction, in every way that rheap must
+ * count: see leaky.sql.
+ */
+#include "postgres.h"
+
+#include <pthread.h>
+#include <unistd.h>
+
+#include "fmgr.h"
+#include "lib/stringinfo.h"
+#include "miscadmin.h"
+#include "utils/builtins.h"
+#include "utils/memutils.h"
+
+PG_MODULE_MAGIC;
+
+void		_PG_init(void);
+
+static void
+leak_at_fork(void)
+{
+	if (getpid() == PostmasterPid)
+		*(volatile char *) MemoryContextAlloc(TopMemoryContext, 80) = 42;
+}
+
+void
+_PG_init(void)
+{
+	if (process_shared_preload_libraries_in_progress)
+		pthread_atfork(leak_at_fork, NULL, NULL);
+}
+
+/* leaky_leak(count int, size int): allocates and forgets */
+PG_FUNCTION_INFO_V1(leaky_leak);
+Datum
+leaky_leak(PG_FUNCTION_ARGS)
+{
+	int			count = PG_GETARG_INT32(0);
+
+	for (int i = 0; i < count; i++)
+		*(volatile char *) MemoryContextAlloc(TopMemoryContext, PG_GETARG_INT32(1)) = 42;
+	PG_RETURN_VOID();
+}
+
+/* leaky_churn(count int, size int): allocates and frees at once */
+PG_FUNCTION_INFO_V1(leaky_churn);
+Datum
+leaky_churn(PG_FUNCTION_ARGS)
+{
+	int			count = PG_GETARG_INT32(0);
+
+	for (int i = 0; i < count; i++)
+	{
+		volatile char *chunk = MemoryContextAlloc(TopMemoryContext, PG_GETARG_INT32(1));
+
+		*chunk = 42;
+		pfree((void *) chunk);
+	}
+	PG_RETURN_VOID();
+}
+
+/* leaky_grow(times int, step int): one chunk that is made larger for ever; the first has one step */
+PG_FUNCTION_INFO_V1(leaky_grow);
+Datum
+leaky_grow(PG_FUNCTION_ARGS)
+{
+	int			times = PG_GETARG_INT32(0);
+	int			step = PG_GETARG_INT32(1);
+	void	   *chunk = MemoryContextAlloc(TopMemoryContext, step);
+
+	for (int i = 2; i <= times; i++)
+		chunk = repalloc(chunk, (Size) i * step);
+	PG_RETURN_VOID();
+}
+
+/* leaky_context(kind text, count int, size int, end text): chunks in a context of its own, kept, reset or deleted */
+PG_FUNCTION_INFO_V1(leaky_context);
+Datum
+leaky_context(PG_FUNCTION_ARGS)
+{
+	char	   *kind = text_to_cstring(PG_GETARG_TEXT_PP(0));
+	int			count = PG_GETARG_INT32(1);
+	Size		size = PG_GETARG_INT32(2);
+	char	   *end = text_to_cstring(PG_GETARG_TEXT_PP(3));
+	MemoryContext context;
+
+	if (strcmp(kind, "AllocSet") == 0)
+		context = AllocSetContextCreate(TopMemoryContext, "leaky", ALLOCSET_DEFAULT_SIZES);
+#if PG_VERSION_NUM >= 150000
+	else if (strcmp(kind, "Generation") == 0)
+		context = GenerationContextCreate(TopMemoryContext, "leaky", ALLOCSET_DEFAULT_SIZES);
+#endif
+	else if (strcmp(kind, "Slab") == 0)
+		context = SlabContextCreate(TopMemoryContext, "leaky", SLAB_DEFAULT_BLOCK_SIZE, size);
+#if PG_VERSION_NUM >= 170000
+	else if (strcmp(kind, "Bump") == 0)
+		context = BumpContextCreate(TopMemoryContext, "leaky", ALLOCSET_DEFAULT_SIZES);
+#endif
+	else
+		elog(ERROR, "unknown kind of context \"%s\"", kind);
+	for (int i = 0; i < count; i++)
+		*(volatile char *) MemoryContextAlloc(context, size) = 42;
+	if (strcmp(end, "reset") == 0)
+		MemoryContextReset(context);
+	else if (strcmp(end, "delete") == 0)
+		MemoryContextDelete(context);
+	PG_RETURN_VOID();
+}
+
+/* leaky_move(count int, size int): chunks in a child of TopMemoryContext, which then moves below CacheMemoryContext */
+PG_FUNCTION_INFO_V1(leaky_move);
+Datum
+leaky_move(PG_FUNCTION_ARGS)
+{
+	int			count = PG_GETARG_INT32(0);
+	MemoryContext context = AllocSetContextCreate(TopMemoryContext, "leaky mover", ALLOCSET_DEFAULT_SIZES);
+
+	for (int i = 0; i < count; i++)
+		*(volatile char *) MemoryContextAlloc(context, PG_GETARG_INT32(1)) = 42;
+	MemoryContextSetParent(context, CacheMemoryContext);
+	PG_RETURN_VOID();
+}

@@ -1,0 +1,176 @@
+"""Every kind of allocation and of its end is counted to the byte, seen from another session."""
+
+import os
+import signal
+import time
+
+import pytest
+from cluster import HERE, Cluster
+
+
+@pytest.fixture
+def session(exact):
+    session = exact.session()
+    yield session
+    session.close()
+
+
+def sites(cluster, pid, where):
+    return cluster.rows(
+        "SELECT function, context, alloc_count, alloc_bytes, free_count, free_bytes, live_count, live_bytes, exact "
+        f"FROM rheap_call_sites({pid}) WHERE {where}"
+    )
+
+
+def site(cluster, pid, function):
+    [found] = sites(cluster, pid, f"function = '{function}'")
+    return found
+
+
+def books(row):
+    return tuple(row[c] for c in ("alloc_count", "alloc_bytes", "free_count", "free_bytes", "live_count", "live_bytes"))
+
+
+def walk(session):
+    """Lets the session walk its tree: at the latest a walk interval later, between two messages."""
+    session("SELECT pg_sleep(0.3)")
+    session("SELECT 1")
+
+
+def test_a_leak_is_counted_to_the_byte(exact, session):
+    session("SELECT leaky_leak(1000, 100)")
+    session("SELECT leaky_leak(500, 100)")
+    row = site(exact, session.pid, "leaky_leak")
+    assert books(row) == (1500, 150_000, 0, 0, 1500, 150_000)
+    assert (row["context"], row["exact"]) == ("TopMemoryContext", True)
+
+
+def test_what_is_freed_is_counted_as_freed(exact, session):
+    session("SELECT leaky_churn(1000, 100)")
+    assert books(site(exact, session.pid, "leaky_churn")) == (1000, 100_000, 1000, 100_000, 0, 0)
+
+
+def test_a_chunk_that_grows_is_one_chunk_of_its_last_size(exact, session):
+    session("SELECT leaky_grow(1000, 100)")
+    rows = sites(exact, session.pid, "function = 'leaky_grow'")
+    assert sum(r["live_count"] for r in rows) == 1
+    assert sum(r["live_bytes"] for r in rows) == 100_000
+    assert sum(r["alloc_count"] for r in rows) == 1000
+    assert sum(r["alloc_bytes"] for r in rows) == 100 * 1000 * 1001 // 2
+
+
+@pytest.mark.parametrize("kind", ["AllocSet", "Generation", "Slab", "Bump"])
+def test_each_allocator_is_counted_until_its_context_is_reset_or_deleted(exact, session, kind):
+    if kind == "Bump" and exact.major < 17:
+        pytest.skip("Bump is new in 17")
+    for end in ("keep", "reset", "delete"):
+        session(f"SELECT leaky_context('{kind}', 1000, 64, '{end}')")
+    [row] = sites(exact, session.pid, "context = 'TopMemoryContext/leaky'")
+    assert books(row) == (3000, 192_000, 2000, 128_000, 1000, 64_000)
+    walk(session)
+    [row] = exact.rows(f"SELECT type, contexts, used_bytes >= 64000 AS used FROM rheap_contexts({session.pid}) WHERE name = 'leaky'")
+    assert row == {"type": kind, "contexts": 2, "used": True}
+
+
+def test_recycled_headers_keep_the_books_apart(exact, session):
+    for _ in range(5):
+        session("SELECT leaky_context('AllocSet', 10, 64, 'delete')")
+    session("SELECT leaky_context('AllocSet', 7, 64, 'keep')")
+    [row] = sites(exact, session.pid, "context = 'TopMemoryContext/leaky'")
+    assert books(row) == (57, 57 * 64, 50, 50 * 64, 7, 7 * 64)
+
+
+def test_a_context_that_moves_takes_its_books_along(exact, session):
+    session("SELECT leaky_move(100, 64)")
+    walk(session)
+    rows = [r for r in sites(exact, session.pid, "function = 'leaky_move'") if r["live_count"] > 0]
+    assert [(r["context"], books(r)) for r in rows] == [
+        ("TopMemoryContext/CacheMemoryContext/leaky mover", (100, 6400, 0, 0, 100, 6400))
+    ]
+
+
+def test_a_forked_child_starts_with_empty_books(exact):
+    exact.sql("SELECT rheap_reset()")
+    first, second = exact.session(), exact.session()
+    first("SELECT leaky_leak(1000, 100)")
+    second("SELECT 1")
+    assert sites(exact, second.pid, "function = 'leaky_leak'") == []
+    # What the postmaster holds is the postmaster's alone.
+    held = "SELECT array_agg(DISTINCT backend_type) FROM rheap_call_sites() WHERE live_count > 0 AND function ~ 'BackendStartup|ServerLoop'"
+    assert exact.sql(held) in ("", "{postmaster}")
+
+
+def test_a_leak_of_many_small_statements_gets_the_verdict_leak(exact, session):
+    for _ in range(50):
+        session("SELECT leaky_leak(20, 100)")
+    [leak] = exact.rows(f"SELECT * FROM rheap_leaks({session.pid})")
+    assert (leak["function"], leak["verdict"], leak["generations"]) == ("leaky_leak", "leak", 50)
+    assert "nothing of 1000 allocations freed" in leak["reason"]
+    assert leak["stack"][0].startswith(("MemoryContextAlloc", "leaky_leak"))
+    source = (HERE / "modules/leaky.c").read_text().splitlines()
+    line = next(i for i, text in enumerate(source, 1) if "= 42" in text and i > source.index("leaky_leak(PG_FUNCTION_ARGS)"))
+    assert leak["location"].endswith(f"pg_test/modules/leaky.c:{line}")
+
+
+def test_reset_forgets_and_starts_again(exact, session):
+    session("SELECT leaky_leak(1000, 100)")
+    exact.sql(f"SELECT rheap_reset({session.pid})")
+    assert sites(exact, session.pid, "true") == [], "at once, though the session is idle"
+    session("SELECT leaky_leak(10, 100)")
+    assert books(site(exact, session.pid, "leaky_leak")) == (10, 1000, 0, 0, 10, 1000)
+    [top] = exact.rows(f"SELECT baseline_bytes, growth_bytes FROM rheap_contexts({session.pid}) WHERE path = 'TopMemoryContext'")
+    assert top["baseline_bytes"] > 100_000 and top["growth_bytes"] < 100_000
+
+
+def test_mode_off_records_nothing_and_can_be_changed_while_running(exact, session):
+    session("SET rheap.mode = off")
+    session("SELECT leaky_leak(100, 100)")
+    assert sites(exact, session.pid, "function = 'leaky_leak'") == []
+    session("SET rheap.mode = exact")
+    session("SELECT leaky_leak(10, 100)")
+    assert books(site(exact, session.pid, "leaky_leak")) == (10, 1000, 0, 0, 10, 1000)
+
+
+def test_every_process_has_a_slot_and_gives_it_back(exact):
+    [types] = exact.rows("SELECT array_agg(DISTINCT backend_type ORDER BY backend_type) AS kinds FROM rheap_processes")
+    assert {"postmaster", "checkpointer", "background writer", "walwriter", "autovacuum launcher"} <= set(types["kinds"])
+    session = exact.session()
+    assert exact.sql(f"SELECT count(*) FROM rheap_processes({session.pid})") == "1"
+    session.close()
+    # psql has ended; its backend may need a moment more.
+    gone = f"SELECT count(*) FROM rheap_processes WHERE pid = {session.pid}"
+    exact.sql(f"DO $$ BEGIN WHILE (SELECT count(*) FROM pg_stat_activity WHERE pid = {session.pid}) > 0 LOOP PERFORM pg_sleep(0.01), pg_stat_clear_snapshot(); END LOOP; PERFORM pg_sleep(0.1); END $$")
+    assert exact.sql(gone) == "0"
+
+
+def test_the_slot_of_a_killed_process_is_recycled(server):
+    with Cluster(server, max_connections=10) as cluster:
+        victim = cluster.session()
+        os.kill(victim.pid, signal.SIGKILL)
+        deadline = time.monotonic() + 30
+        while True:
+            try:
+                if cluster.sql(f"SELECT count(*) FROM rheap_processes WHERE pid = {victim.pid}") == "0":
+                    break
+            except Exception:
+                pass
+            assert time.monotonic() < deadline, "the server comes back after a crash"
+            time.sleep(0.1)
+        # More processes than slots, one after another.
+        for _ in range(120):
+            cluster.sql("SELECT 1")
+        assert cluster.sql("SELECT count(*) > 5 FROM rheap_processes") == "t"
+
+
+def test_memory_for_symbols_is_given_back(exact):
+    reader = exact.session()
+    reader("SELECT count(*) FROM rheap_call_sites()")
+
+    def anonymous():
+        status = open(f"/proc/{reader.pid}/status").read()
+        return int(status.split("RssAnon:")[1].split()[0])
+
+    before = anonymous()
+    for _ in range(20):
+        reader("SELECT count(*), count(stack) FROM rheap_call_sites()")
+    assert anonymous() - before < 2048, "kB that 20 more queries cost the asking backend"

@@ -1,0 +1,89 @@
+"""Each way to load rheap, and the server on which it must not hook."""
+
+import pytest
+from cluster import HERE, Cluster, SqlError
+
+CLUSTER_WIDE = ["rheap_leaks", "rheap_call_sites", "rheap_contexts", "rheap_processes", "rheap_reset"]
+
+
+@pytest.fixture(scope="module")
+def plain(server):
+    with Cluster(server, preload="") as cluster:
+        cluster.sql("CREATE EXTENSION rheap")
+        cluster.run_file(HERE / "modules/leaky.sql")
+        yield cluster
+
+
+def own_leak(session):
+    session("SELECT leaky_leak(1000, 100)")
+    return session(
+        "SELECT alloc_count, alloc_bytes, live_count, live_bytes, exact FROM rheap_call_sites(pg_backend_pid()) WHERE function = 'leaky_leak'"
+    )
+
+
+def test_load_watches_the_session_from_that_moment_on(plain):
+    session = plain.session()
+    session("LOAD 'rheap'")
+    session("SET rheap.mode = exact")
+    assert own_leak(session) == "1000\t100000\t1000\t100000\tt"
+
+
+def test_session_preload_libraries_watches_new_sessions(plain):
+    before = plain.session()
+    plain.reload(session_preload_libraries="rheap", rheap__mode="exact")
+    try:
+        assert own_leak(plain.session()) == "1000\t100000\t1000\t100000\tt"
+        assert before("SELECT 1") == "1"
+    finally:
+        plain.reload(session_preload_libraries="")
+
+
+@pytest.mark.parametrize("function", CLUSTER_WIDE)
+def test_without_the_preload_other_processes_are_out_of_reach(plain, function):
+    with pytest.raises(SqlError) as caught:
+        plain.sql(f"LOAD 'rheap'; SELECT * FROM {function}()")
+    assert caught.value.sqlstate == "55000"
+    assert caught.value.hint == (
+        "Set shared_preload_libraries = 'rheap' and restart the server. "
+        f"For this session alone, write {function}(pg_backend_pid())."
+    )
+    plain.sql(f"LOAD 'rheap'; SELECT * FROM {function}(pg_backend_pid())")
+
+
+def test_a_server_that_fails_the_self_check_runs_on_unhooked(server):
+    # TopMemoryContext points at a table that is not the server's own.
+    with Cluster(server, preload="foreign_hook, rheap") as cluster:
+        log = cluster.log_text()
+        warnings = [l for l in log.splitlines() if "rheap runs without its hooks" in l]
+        assert len(warnings) == 1 and "which is not code of the server" in warnings[0]
+        assert cluster.sql("SELECT sum(length(random()::text)) > 0 FROM generate_series(1, 100000)") == "t"
+        with pytest.raises(SqlError) as caught:
+            cluster.sql("SELECT * FROM rheap_leaks()")
+        assert caught.value.sqlstate == "55000"
+        assert caught.value.message.startswith("rheap records nothing: the method table of")
+        assert cluster.stop("fast") < 10
+
+
+def test_a_leak_is_logged_once_when_asked_for(server):
+    with Cluster(server, rheap__mode="exact", rheap__log_leaks="on", rheap__walk_interval="10ms") as cluster:
+        cluster.run_file(HERE / "modules/leaky.sql")
+        session = cluster.session()
+        for _ in range(50):
+            session("SELECT leaky_leak(20, 100), pg_sleep(0.01)")
+        lines = [l for l in cluster.log_text().splitlines() if "rheap: leak of" in l]
+        assert len(lines) == 1
+        assert "in TopMemoryContext at" in lines[0] and "leaky.so+0x" in lines[0]
+        assert f"SELECT * FROM rheap_leaks({session.pid})" in lines[0]
+
+
+def test_single_user_mode_works(server):
+    from cluster import run
+
+    with Cluster(server) as cluster:
+        cluster.stop()
+        done = run(
+            cluster.bin / "postgres", "--single", "-D", cluster.data, "-c", "rheap.mode=exact", "postgres",
+            input="SELECT sum(g) FROM generate_series(1, 1000) g\n",
+        )
+        assert '"500500"' in done.stdout and "WARNING" not in done.stdout
+        cluster.start()
