@@ -1,8 +1,5 @@
 """The two leaks of the article, on a real PostgreSQL 17 that has them, and its twin without: what rheap is for."""
 
-import re
-import time
-
 import pytest
 from cluster import Cluster
 
@@ -68,9 +65,10 @@ def test_postmaster_leak_is_shown_live(pg17_leaks, mode):
         assert (leak["live_count"], leak["live_bytes"]) == (truth, 80 * truth)
         assert leak["processes"] == 1 and leak["pid"] == cluster.postmaster
 
-        # No process hangs, and the cluster stops: what an attached heaptrack fails at.
-        connect(cluster)
-        assert postmaster_leak(cluster)["live_count"] == connections(cluster) > 2 * CONNECTIONS
+        if mode == "sampled":
+            # In the default mode once more: no process hangs, and the cluster stops. An attached heaptrack fails here.
+            connect(cluster)
+            assert postmaster_leak(cluster)["live_count"] == connections(cluster) > 2 * CONNECTIONS
         assert cluster.stop("fast") < 10
 
 

@@ -7,7 +7,6 @@ The ordering of items is not stable, it is driven by a dependency graph.
 /* </end connected objects> */
 
 /* <begin connected objects> */
--- src/sql/leaks.rs:62
 -- rheap::sql::leaks::rheap_call_sites
 CREATE  FUNCTION "rheap_call_sites"(
 	"pid" INT DEFAULT NULL /* Option < i32 > */
@@ -41,7 +40,6 @@ AS 'MODULE_PATHNAME', 'rheap_call_sites_wrapper';
 /* </end connected objects> */
 
 /* <begin connected objects> */
--- src/sql/contexts.rs:12
 -- rheap::sql::contexts::rheap_contexts
 CREATE  FUNCTION "rheap_contexts"(
 	"pid" INT DEFAULT NULL /* Option < i32 > */
@@ -67,7 +65,6 @@ AS 'MODULE_PATHNAME', 'rheap_contexts_wrapper';
 /* </end connected objects> */
 
 /* <begin connected objects> */
--- src/sql/leaks.rs:11
 -- rheap::sql::leaks::rheap_leaks
 CREATE  FUNCTION "rheap_leaks"(
 	"pid" INT DEFAULT NULL /* Option < i32 > */
@@ -96,7 +93,6 @@ AS 'MODULE_PATHNAME', 'rheap_leaks_wrapper';
 /* </end connected objects> */
 
 /* <begin connected objects> */
--- src/sql/processes.rs:12
 -- rheap::sql::processes::rheap_processes
 CREATE  FUNCTION "rheap_processes"(
 	"pid" INT DEFAULT NULL /* Option < i32 > */
@@ -122,7 +118,6 @@ AS 'MODULE_PATHNAME', 'rheap_processes_wrapper';
 /* </end connected objects> */
 
 /* <begin connected objects> */
--- src/sql/install.rs:7
 -- rheap::sql::install::rheap_require_version
 CREATE  FUNCTION "rheap_require_version"(
 	"version" TEXT /* & str */
@@ -133,7 +128,6 @@ AS 'MODULE_PATHNAME', 'rheap_require_version_wrapper';
 /* </end connected objects> */
 
 /* <begin connected objects> */
--- src/sql/reset.rs:9
 -- rheap::sql::reset::rheap_reset
 CREATE  FUNCTION "rheap_reset"(
 	"pid" INT DEFAULT NULL /* Option < i32 > */
@@ -144,7 +138,6 @@ AS 'MODULE_PATHNAME', 'rheap_reset_wrapper';
 /* </end connected objects> */
 
 /* <begin connected objects> */
--- src/sql/install.rs:19
 -- finalize
 
 SELECT @extschema@.rheap_require_version('0.1.0');

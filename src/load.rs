@@ -40,8 +40,11 @@ unsafe fn most_processes() -> usize {
     // SAFETY: the setting exists in every supported version; the server computes its own total only later.
     unsafe {
         let workers = pg_sys::GetConfigOption(c"autovacuum_max_workers".as_ptr(), true, false);
-        let workers: usize =
-            if workers.is_null() { 3 } else { CStr::from_ptr(workers).to_str().ok().and_then(|w| w.parse().ok()).unwrap_or(3) };
+        let workers: usize = if workers.is_null() {
+            3
+        } else {
+            CStr::from_ptr(workers).to_str().ok().and_then(|w| w.parse().ok()).unwrap_or(3)
+        };
         let sum = pg_sys::MaxConnections + pg_sys::max_worker_processes + pg_sys::max_wal_senders;
         sum as usize + workers.min(1000) + OTHERS
     }

@@ -25,6 +25,9 @@ const ASIDE: usize = 2 << 20;
 /// Watched allocations between two looks at the clock in a process that has no messages to tell its work by.
 const LOOK: u32 = 256;
 
+/// Watched allocations after which a process without messages counts as started.
+const STARTED: u32 = 100;
+
 pub struct Process {
     pub share: Option<Share>,
     /// A hook is at work: whatever pallocs meanwhile is a signal handler's, and is let pass.
@@ -49,7 +52,13 @@ pub struct Process {
     has_messages: bool,
     looks: u32,
     now: i64,
-    pub full: bool,
+    /// Of the ledger, when the slot was last told.
+    published: usize,
+    /// Allocations that no table had room for.
+    unseen: u64,
+    /// Some table was full, which the log is still to say; then it was said.
+    full: bool,
+    said: bool,
 }
 
 struct Global(UnsafeCell<Process>);
@@ -74,7 +83,10 @@ static PROCESS: Global = Global(UnsafeCell::new(Process {
     has_messages: false,
     looks: 0,
     now: 0,
+    published: 0,
+    unseen: 0,
     full: false,
+    said: false,
 }));
 
 /// This process's state.
@@ -204,6 +216,8 @@ impl Process {
         self.rows = Cursor::default();
         self.epoch = 1;
         self.looks = 0;
+        self.published = 0;
+        (self.unseen, self.full, self.said) = (0, false, false);
         let Some(slot) = share.claim_slot(self.pid, backend_type()) else {
             self.refused = true;
             return false;
@@ -259,7 +273,7 @@ impl Process {
 
     fn publish(&self, slot: &Slot) {
         slot.own_bytes.store(self.own_bytes(), Relaxed);
-        slot.dropped.store(self.ledger.dropped(), Relaxed);
+        slot.dropped.store(self.ledger.dropped() + self.unseen, Relaxed);
     }
 
     #[inline]
@@ -294,8 +308,7 @@ impl Process {
             let path = unsafe { path_of(context, &share) };
             id = self.ledger.add_context(context as u64, path);
         }
-        let stack =
-            self.stacks.capture(&mut self.unwinder, regs, settings::stack_depth(), &share, &mut self.aside);
+        let stack = self.stacks.capture(&mut self.unwinder, regs, settings::stack_depth(), &share, &mut self.aside);
         let path = if id == 0 { 0 } else { self.ledger.context_path(id) };
         let site = if id == 0 || stack == 0 {
             None
@@ -304,7 +317,7 @@ impl Process {
         };
         let Some(site) = site else {
             // Some table is full: this allocation goes unseen, and the process says that it is not exact.
-            bump(&slot.dropped);
+            self.unseen += 1;
             self.full = true;
             self.ledger.free(chunk, &share);
             return;
@@ -316,7 +329,8 @@ impl Process {
             Decision::Count => self.ledger.count(size, site, stamp, &share),
             Decision::Skip => (),
         }
-        if self.ledger.dropped() != 0 {
+        if self.ledger.own_bytes() != self.published || self.ledger.dropped() != 0 {
+            self.published = self.ledger.own_bytes();
             self.publish(slot);
         }
     }
@@ -349,10 +363,16 @@ impl Process {
             }
         }
         self.looks += 1;
-        // A process without messages allocates little and may not do so again for long: look each time.
+        // A process without messages allocates little and may not do so again for long: look each time, and take
+        // the baseline once it has started.
         if self.looks >= LOOK || !self.has_messages {
-            self.looks = 0;
+            if self.looks == STARTED && !self.has_messages && slot.walks.load(Relaxed) == 0 {
+                self.walk.hurry();
+            }
             self.look(slot);
+            if self.looks >= LOOK {
+                self.looks = 0;
+            }
         }
     }
 
@@ -381,9 +401,7 @@ pub const DEEPEST: usize = 32;
 pub unsafe fn path_under(parent: u32, context: MemoryContext, share: &Share) -> u32 {
     let mut words = [0; 64];
     // SAFETY: the caller's promise.
-    let name = unsafe {
-        if (*context).name.is_null() { c"?" } else { core::ffi::CStr::from_ptr((*context).name) }
-    };
+    let name = unsafe { if (*context).name.is_null() { c"?" } else { core::ffi::CStr::from_ptr((*context).name) } };
     let n = dictionary::pack(parent as u64, name.to_bytes(), &mut words);
     share.paths.intern(&words[..n])
 }
@@ -512,4 +530,17 @@ pub fn message_done() {
         p.publish(slot);
     });
     crate::walk::log_new_leaks();
+    say_if_full();
+}
+
+/// The log hears once of a table that is too small.
+fn say_if_full() {
+    // SAFETY: the guard is released.
+    let process = unsafe { current() };
+    if process.full && !std::mem::replace(&mut process.said, true) {
+        pgrx::log!(
+            "rheap: a table is full, and call sites that are new go unseen; raise rheap.max_call_sites (now {}) or rheap.memory_limit",
+            settings::max_call_sites()
+        );
+    }
 }

@@ -110,13 +110,23 @@ macro_rules! bounded {
     };
 }
 
-bounded!(check_sample_bytes, 1, 1 << 30, c"Write a size from 1B to 1GB, for example '4kB'; 1B records nearly everything.");
+bounded!(
+    check_sample_bytes,
+    1,
+    1 << 30,
+    c"Write a size from 1B to 1GB, for example '4kB'; 1B records nearly everything."
+);
 bounded!(check_adopt_bytes, 64, i32::MAX, c"Write a size of at least 64kB, for example '64MB'.");
 bounded!(check_walk_interval, 10, 86_400_000, c"Write a time from 10ms to 1d, for example '10s'.");
 bounded!(check_min_leak_bytes, 0, i32::MAX, c"Write a size of 0 or more, for example '64kB'.");
 bounded!(check_stack_depth, 1, 64, c"Write a number of frames from 1 to 64.");
 bounded!(check_memory_limit, 4096, i32::MAX, c"Write a size of at least 4MB, for example '32MB'.");
-bounded!(check_max_call_sites, 1024, 1 << 24, c"Write a number from 1024 to 16777216; each takes about half a kilobyte when used.");
+bounded!(
+    check_max_call_sites,
+    1024,
+    1 << 24,
+    c"Write a number from 1024 to 16777216; each takes about half a kilobyte when used."
+);
 
 /// Defines all settings. Called once, from `_PG_init`; `startup` says that the postmaster is starting.
 pub fn define(startup: bool) {
@@ -140,7 +150,17 @@ pub fn define(startup: bool) {
         // SAFETY: the check hooks above follow the protocol of the server's check hooks.
         unsafe {
             GucRegistry::define_int_guc_with_hooks(
-                name, short, long, setting, i32::MIN, i32::MAX, context, flags, check, None, None,
+                name,
+                short,
+                long,
+                setting,
+                i32::MIN,
+                i32::MAX,
+                context,
+                flags,
+                check,
+                None,
+                None,
             )
         }
     };

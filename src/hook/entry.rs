@@ -46,7 +46,13 @@ unsafe fn original_alloc(context: MemoryContext, size: usize, flags: c_int) -> *
     }
 }
 
-unsafe extern "C-unwind" fn first_touch_from(context: MemoryContext, size: usize, flags: c_int, sp: u64, bp: u64) -> *mut c_void {
+unsafe extern "C-unwind" fn first_touch_from(
+    context: MemoryContext,
+    size: usize,
+    flags: c_int,
+    sp: u64,
+    bp: u64,
+) -> *mut c_void {
     // SAFETY: the server calls with a live context whose table is a base table; `decide` changes that.
     unsafe {
         touch::decide(context);
@@ -63,7 +69,13 @@ unsafe extern "C-unwind" fn first_touch_from(context: MemoryContext, size: usize
     }
 }
 
-unsafe extern "C-unwind" fn alloc_from(context: MemoryContext, size: usize, flags: c_int, sp: u64, bp: u64) -> *mut c_void {
+unsafe extern "C-unwind" fn alloc_from(
+    context: MemoryContext,
+    size: usize,
+    flags: c_int,
+    sp: u64,
+    bp: u64,
+) -> *mut c_void {
     // SAFETY: the server calls with a live context on a watch table. Up to 16 NULL means out of memory.
     unsafe {
         let chunk = original_alloc(context, size, flags);
@@ -112,7 +124,13 @@ mod dispatch {
         }
     }
 
-    unsafe extern "C-unwind" fn realloc_from(context: MemoryContext, chunk: *mut c_void, size: usize, sp: u64, bp: u64) -> *mut c_void {
+    unsafe extern "C-unwind" fn realloc_from(
+        context: MemoryContext,
+        chunk: *mut c_void,
+        size: usize,
+        sp: u64,
+        bp: u64,
+    ) -> *mut c_void {
         // SAFETY: as for free. On NULL the old chunk is still there.
         unsafe {
             let original: Realloc = tables::original_of(context).realloc.unwrap_unchecked();

@@ -39,8 +39,7 @@ fn ranges(wanted: impl Fn(&str, &str) -> bool) -> Vec<(u64, u64)> {
             let (range, access) = (fields.next()?, fields.next()?);
             let path = fields.nth(3).unwrap_or("");
             let (start, end) = range.split_once('-')?;
-            wanted(access, path)
-                .then_some((u64::from_str_radix(start, 16).ok()?, u64::from_str_radix(end, 16).ok()?))
+            wanted(access, path).then_some((u64::from_str_radix(start, 16).ok()?, u64::from_str_radix(end, 16).ok()?))
         })
         .collect()
 }

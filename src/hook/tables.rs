@@ -65,9 +65,9 @@ pub unsafe fn patch(bases: [*mut Methods; KIND_COUNT], entries: &Entries) -> Res
         unsafe { std::mem::transmute_copy(&p) }
     };
     tables.base = bases;
-    for kind in 0..KIND_COUNT {
+    for (kind, base) in bases.into_iter().enumerate() {
         // SAFETY: the caller's promise.
-        let original = unsafe { *bases[kind] };
+        let original = unsafe { *base };
         tables.original[kind] = original;
         tables.pass[kind] = Pair { active: original, original };
         let mut watch = original;
@@ -106,18 +106,18 @@ pub unsafe fn patch(bases: [*mut Methods; KIND_COUNT], entries: &Entries) -> Res
     Ok(())
 }
 
-type ReallocMember = Option<<RealloctOf as Member>::F>;
+type ReallocMember = Option<<ReallocOf as Member>::F>;
 /// The exact type of the table's `realloc` member, which differs between versions in its number of arguments.
 trait Member {
     type F;
 }
-struct RealloctOf;
+struct ReallocOf;
 #[cfg(any(feature = "pg15", feature = "pg17", feature = "pg18"))]
-impl Member for RealloctOf {
+impl Member for ReallocOf {
     type F = Realloc;
 }
 #[cfg(feature = "pg16")]
-impl Member for RealloctOf {
+impl Member for ReallocOf {
     type F = unsafe extern "C-unwind" fn(*mut core::ffi::c_void, usize) -> *mut core::ffi::c_void;
 }
 

@@ -309,9 +309,7 @@ impl Site {
             first_epoch: self.first_epoch.load(Relaxed),
             last_epoch: self.last_epoch.load(Relaxed),
             bin_width: 1 << self.bin_shift.load(Relaxed).min(63),
-            bins: std::array::from_fn(|i| {
-                (self.bins[i].live.load(Relaxed), self.bins[i].generations.load(Relaxed))
-            }),
+            bins: std::array::from_fn(|i| (self.bins[i].live.load(Relaxed), self.bins[i].generations.load(Relaxed))),
             history: std::array::from_fn(|i| self.history[i].load(Relaxed)),
         }
     }

@@ -178,7 +178,7 @@ impl Ledger {
 
     /// Records alive.
     pub fn records(&self) -> usize {
-        self.records.len()
+        self.records.count()
     }
 
     /// A smaller limit takes effect on the next growth: what is mapped stays until the ledger is cleared.
@@ -202,7 +202,7 @@ impl Ledger {
     }
 
     fn spare(&self) -> usize {
-        (self.records.high() as usize - self.records.len()) * size_of::<Record>()
+        (self.records.high() as usize - self.records.count()) * size_of::<Record>()
     }
 
     fn use_rate(&mut self, rate: Rate) {
@@ -438,7 +438,7 @@ impl Ledger {
     /// each with the same chance as if the new rate had held when it was made.
     #[cold]
     fn thin(&mut self, sites: &impl Sites) {
-        let live = self.records.len() as u64;
+        let live = self.records.count() as u64;
         if live == 0 {
             return;
         }

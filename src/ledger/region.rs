@@ -55,7 +55,8 @@ impl<T: Copy> Region<T> {
     /// False when the budget or the system has no memory left; nothing has changed then.
     pub fn grow(&mut self, budget: &mut Budget) -> bool {
         let left = budget.limit.saturating_sub(budget.used) / PAGE * PAGE;
-        let wanted = (self.bytes / 8).next_multiple_of(PAGE).max(FIRST_GROWTH.max(size_of::<T>().next_multiple_of(PAGE)));
+        let wanted =
+            (self.bytes / 8).next_multiple_of(PAGE).max(FIRST_GROWTH.max(size_of::<T>().next_multiple_of(PAGE)));
         let more = wanted.min(left);
         if more < PAGE || more < size_of::<T>() {
             return false;

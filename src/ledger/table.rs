@@ -37,7 +37,7 @@ impl<E: Entry> Table<E> {
     }
 
     /// Entries in use.
-    pub fn len(&self) -> usize {
+    pub fn count(&self) -> usize {
         self.live as usize
     }
 
@@ -64,26 +64,21 @@ impl<E: Entry> Table<E> {
         self.entries.get_mut(id as usize)
     }
 
-    /// Id of the first entry with this key for which `matches` holds, or 0.
+    /// Id of the entry with this key, or 0.
     #[inline]
-    pub fn find_where(&self, key: u64, matches: impl Fn(&E) -> bool) -> u32 {
+    pub fn find(&self, key: u64) -> u32 {
         if self.bucket_count == 0 {
             return 0;
         }
         let mut id = *self.buckets.get(self.bucket(key));
         while id != 0 {
             let e = self.entries.get(id as usize);
-            if e.key() == key && matches(e) {
+            if e.key() == key {
                 return id;
             }
             id = e.chain();
         }
         0
-    }
-
-    #[inline]
-    pub fn find(&self, key: u64) -> u32 {
-        self.find_where(key, |_| true)
     }
 
     /// Adds an entry and returns its id, or 0 when the budget is exhausted.

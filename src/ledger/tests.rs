@@ -27,7 +27,16 @@ fn open(ledger: &mut Ledger, sites: &Accounts, stack: u32, path: u32) -> u32 {
     })
 }
 
-fn alloc(ledger: &mut Ledger, sites: &Accounts, address: u64, size: u64, context: u64, path: u32, stack: u32, epoch: u32) {
+fn alloc(
+    ledger: &mut Ledger,
+    sites: &Accounts,
+    address: u64,
+    size: u64,
+    context: u64,
+    path: u32,
+    stack: u32,
+    epoch: u32,
+) {
     let stamp = Stamp { epoch, now: epoch as i64, query_id: 0 };
     match ledger.decide(size) {
         Decision::Skip => (),
@@ -49,13 +58,32 @@ fn alloc(ledger: &mut Ledger, sites: &Accounts, address: u64, size: u64, context
 
 #[derive(Clone, Debug)]
 enum Op {
-    Alloc { chunk: u64, size: u64, context: u64, stack: u32 },
+    Alloc {
+        chunk: u64,
+        size: u64,
+        context: u64,
+        stack: u32,
+    },
     /// Free of a chunk that may or may not be alive.
-    Free { chunk: u64 },
-    Realloc { chunk: u64, to: u64, size: u64, stack: u32 },
-    Reset { context: u64 },
-    Delete { context: u64 },
-    Reparent { context: u64, path: u32 },
+    Free {
+        chunk: u64,
+    },
+    Realloc {
+        chunk: u64,
+        to: u64,
+        size: u64,
+        stack: u32,
+    },
+    Reset {
+        context: u64,
+    },
+    Delete {
+        context: u64,
+    },
+    Reparent {
+        context: u64,
+        path: u32,
+    },
     Work,
 }
 
@@ -193,7 +221,7 @@ proptest! {
                 // Addresses of their own, so that the tiny limit is reached.
                 Op::Alloc { chunk, size, context, stack } => alloc(
                     &mut ledger, &sites, address(chunk + 1000 * i as u64), size, 64, 1, stack, context as u32),
-                Op::Reset { context } if context == 1 => { ledger.reset(64, &sites); }
+                Op::Reset { context: 1 } => { ledger.reset(64, &sites); }
                 _ => (),
             }
             prop_assert!(ledger.own_bytes() <= pages * 4096);

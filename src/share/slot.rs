@@ -71,5 +71,6 @@ impl Slot {
 /// True while a process of this id exists.
 pub fn alive(pid: i32) -> bool {
     // SAFETY: signal 0 only asks.
-    pid > 0 && (unsafe { libc::kill(pid, 0) } == 0 || std::io::Error::last_os_error().raw_os_error() == Some(libc::EPERM))
+    pid > 0
+        && (unsafe { libc::kill(pid, 0) } == 0 || std::io::Error::last_os_error().raw_os_error() == Some(libc::EPERM))
 }

@@ -65,7 +65,9 @@ pub fn gather(function: &str, pid: Option<i32>, wanted: impl Fn(Verdict) -> bool
                 let Some(copy) = site.copy() else { continue };
                 let judgement = judge_site(&share, slot, &copy);
                 match folded.entry((backend_type.clone(), copy.path, copy.stack)) {
-                    std::collections::hash_map::Entry::Occupied(mut known) => known.get_mut().merge(judgement, copy, pid),
+                    std::collections::hash_map::Entry::Occupied(mut known) => {
+                        known.get_mut().merge(judgement, copy, pid)
+                    }
                     std::collections::hash_map::Entry::Vacant(free) => {
                         free.insert(Gathered {
                             judgement,
@@ -83,7 +85,10 @@ pub fn gather(function: &str, pid: Option<i32>, wanted: impl Fn(Verdict) -> bool
     }
     let mut rows: Vec<Gathered> = folded.into_values().filter(|g| wanted(g.judgement.verdict)).collect();
     rows.sort_by(|a, b| {
-        b.rank().partial_cmp(&a.rank()).unwrap_or(std::cmp::Ordering::Equal).then(b.copy.live_bytes.cmp(&a.copy.live_bytes))
+        b.rank()
+            .partial_cmp(&a.rank())
+            .unwrap_or(std::cmp::Ordering::Equal)
+            .then(b.copy.live_bytes.cmp(&a.copy.live_bytes))
     });
     rows
 }

@@ -11,7 +11,9 @@ fn rheap_require_version(version: &str) {
         super::refuse(
             PgSqlErrorCode::ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE,
             format!("the loaded library is rheap {library}, the extension script is of version {version}"),
-            &format!("Restart the server to load the installed library, or write CREATE EXTENSION rheap VERSION '{library}'."),
+            &format!(
+                "Restart the server to load the installed library, or write CREATE EXTENSION rheap VERSION '{library}'."
+            ),
         );
     }
 }

@@ -35,8 +35,7 @@ pub struct Modules {
     pub dwarf_only: bool,
 }
 
-const NONE: Module =
-    Module { start: 0, end: 0, bias: 0, eh_frame_hdr: 0, eh_end: 0, id: 0, frame_pointers: false };
+const NONE: Module = Module { start: 0, end: 0, bias: 0, eh_frame_hdr: 0, eh_end: 0, id: 0, frame_pointers: false };
 
 impl Modules {
     pub const fn new() -> Self {

@@ -172,12 +172,7 @@ fn stack_ends() -> Option<(u64, u64)> {
 pub fn with_registers<R>(f: &mut dyn FnMut(Regs) -> R) -> R {
     #[unsafe(naked)]
     unsafe extern "C" fn enter(f: *mut u8, call: unsafe extern "C" fn(*mut u8, u64, u64)) {
-        std::arch::naked_asm!(
-            "mov rax, rsi",
-            "mov rsi, rsp",
-            "mov rdx, rbp",
-            "jmp rax",
-        )
+        std::arch::naked_asm!("mov rax, rsi", "mov rsi, rsp", "mov rdx, rbp", "jmp rax",)
     }
     struct Call<'a, R> {
         f: &'a mut dyn FnMut(Regs) -> R,

@@ -83,7 +83,8 @@ fn separate(module: &Path, file: &object::File) -> Option<(PathBuf, Option<PathB
 
 fn by_build_id(id: Option<&[u8]>) -> Option<PathBuf> {
     let hex: String = id?.iter().map(|b| format!("{b:02x}")).collect();
-    (hex.len() > 2).then(|| Path::new(DEBUG_ROOT).join(".build-id").join(&hex[..2]).join(format!("{}.debug", &hex[2..])))
+    (hex.len() > 2)
+        .then(|| Path::new(DEBUG_ROOT).join(".build-id").join(&hex[..2]).join(format!("{}.debug", &hex[2..])))
 }
 
 fn by_link(module: &Path, file: &object::File) -> Vec<PathBuf> {

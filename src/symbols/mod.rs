@@ -158,7 +158,10 @@ mod tests {
     #[test]
     fn a_source_path_is_short_and_clear() {
         assert_eq!(short("/b/pg/src/backend/postmaster/postmaster.c"), "src/backend/postmaster/postmaster.c");
-        assert_eq!(short("/b/src/backend/executor/../../../src/include/executor/executor.h"), "src/include/executor/executor.h");
+        assert_eq!(
+            short("/b/src/backend/executor/../../../src/include/executor/executor.h"),
+            "src/include/executor/executor.h"
+        );
         assert_eq!(short("./build/../src/common/x.c"), "src/common/x.c");
         assert_eq!(short("leak.c"), "leak.c");
     }

@@ -3,7 +3,10 @@
 
 /// (part of the context path, what it is)
 const CACHES: &[(&str, &str)] = &[
-    ("TopMemoryContext/CacheMemoryContext", "the server's caches of catalogs, relations and plans fill as objects are used"),
+    (
+        "TopMemoryContext/CacheMemoryContext",
+        "the server's caches of catalogs, relations and plans fill as objects are used",
+    ),
     ("TopMemoryContext/Type information cache", "the type cache fills as types are used"),
     ("TopMemoryContext/TableSpace cache", "the tablespace cache fills once"),
     ("TopMemoryContext/Operator lookup cache", "the operator cache fills as operators are used"),
@@ -13,7 +16,10 @@ const CACHES: &[(&str, &str)] = &[
     ("TopMemoryContext/TopPortalContext", "portals end with their transaction or cursor"),
     ("TopMemoryContext/LocalBufferContext", "the buffers of temporary tables are made once"),
     ("TopMemoryContext/Prepared Queries", "one entry for each prepared statement"),
-    ("TopMemoryContext/Pending ops context", "requests wait for the next checkpoint, and their table keeps its largest size"),
+    (
+        "TopMemoryContext/Pending ops context",
+        "requests wait for the next checkpoint, and their table keeps its largest size",
+    ),
     ("TopMemoryContext/dynahash", "hash tables of the server grow by doubling"),
 ];
 

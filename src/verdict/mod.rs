@@ -135,14 +135,20 @@ pub fn judge(e: &Evidence) -> Judgement {
         return done(
             Verdict::Cache,
             0.2,
-            format!("growth saturates: {new} generations joined in the later half of its life, {old} in the earlier; {fate}"),
+            format!(
+                "growth saturates: {new} generations joined in the later half of its life, {old} in the earlier; {fate}"
+            ),
         );
     }
     let kept = e.live_count as f64 / e.alloc_count.max(1) as f64;
     // Three generations of a site that frees nothing are worth as much as a dozen of one that frees most.
     let weight = generations as f64 * pace_kept * (0.25 + 0.75 * kept);
     let confidence = 1.0 - (-weight / 3.0).exp();
-    let rate = if growth_bytes_per_s > 0.0 { format!(", {} per second", bytes(growth_bytes_per_s as u64)) } else { String::new() };
+    let rate = if growth_bytes_per_s > 0.0 {
+        format!(", {} per second", bytes(growth_bytes_per_s as u64))
+    } else {
+        String::new()
+    };
     let per_unit = e.live_bytes / span(e).max(1);
     let reason = format!("grows by {} for each of {} {}{rate}; {fate}; {ages}", bytes(per_unit), span(e), e.unit);
     done(if confidence >= 0.5 { Verdict::Leak } else { Verdict::Suspect }, confidence.min(0.99), reason)

@@ -2,7 +2,8 @@ use super::*;
 
 /// A site that keeps `kept(epoch)` of `made(epoch)` chunks of 1000 bytes in each epoch, as its bins would show it.
 fn site(epochs: u32, made: impl Fn(u32) -> u64, kept: impl Fn(u32) -> u64) -> Evidence {
-    let mut e = Evidence { bin_width: 1, first_epoch: 1, unit: "messages", min_leak_bytes: 64 << 10, ..Evidence::default() };
+    let mut e =
+        Evidence { bin_width: 1, first_epoch: 1, unit: "messages", min_leak_bytes: 64 << 10, ..Evidence::default() };
     while epochs as u64 > e.bin_width * BINS as u64 {
         e.bin_width *= 2;
     }
@@ -27,7 +28,10 @@ fn a_leak_in_each_epoch_is_a_leak() {
     let j = judge(&site(1000, |_| 1, |_| 1));
     assert_eq!((j.verdict, j.generations), (Verdict::Leak, 1000));
     assert!(j.confidence > 0.9);
-    assert_eq!(j.reason, "grows by 1000 B for each of 1000 messages, 1000 B per second; nothing of 1000 allocations freed; 1000 generations of survivors in 1000 messages");
+    assert_eq!(
+        j.reason,
+        "grows by 1000 B for each of 1000 messages, 1000 B per second; nothing of 1000 allocations freed; 1000 generations of survivors in 1000 messages"
+    );
 }
 
 #[test]

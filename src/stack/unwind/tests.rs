@@ -23,7 +23,11 @@ fn unwinder(share: &Share) -> Box<Unwinder> {
 
 #[inline(never)]
 fn deep(levels: u32, f: &mut dyn FnMut()) {
-    if levels == 0 { f() } else { deep(levels - 1, f) }
+    if levels == 0 {
+        f()
+    } else {
+        deep(levels - 1, f)
+    }
     std::hint::black_box(levels);
 }
 

@@ -1,0 +1,41 @@
+# rheap: build, install, try and test. `make help` lists the targets.
+
+PG_CONFIG ?= pg_config
+CACHE_ENV := RUST_BACKTRACE=1
+
+.PHONY: help demo test test-fast install lint bench schema clean
+
+help:
+	@echo 'make demo                    install what is needed, let a server leak, show rheap finding it'
+	@echo 'make install PG_CONFIG=...   build for that server and install there'
+	@echo 'make test                    everything that must hold; builds test servers on first use'
+	@echo 'make test-fast               the tests that need no server'
+	@echo 'make lint                    rustfmt and clippy, no warnings'
+	@echo 'make bench                   what rheap costs'
+	@echo 'make schema                  regenerate sql/ from the code'
+
+demo:
+	@pg_test/scripts/demo.sh
+
+install:
+	@pg_test/scripts/install.sh "$(PG_CONFIG)"
+
+test:
+	@pg_test/scripts/test.sh
+
+test-fast:
+	$(CACHE_ENV) cargo test --quiet --locked --lib
+
+lint:
+	cargo fmt --check
+	cargo clippy --quiet --locked --all-targets -- -D warnings
+
+bench:
+	@pg_test/scripts/bench.sh "$(PG_CONFIG)"
+
+schema:
+	@pg_test/scripts/schema.sh sql/rheap--0.1.0.sql
+
+clean:
+	cargo clean
+	$(MAKE) -s -C pg_test/modules clean PG_CONFIG="$(PG_CONFIG)"
