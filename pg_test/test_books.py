@@ -112,6 +112,18 @@ def test_a_leak_of_many_small_statements_gets_the_verdict_leak(exact, session):
     assert leak["location"].endswith(f"pg_test/modules/leaky.c:{line}")
 
 
+def test_the_report_for_programs_says_what_the_view_says(exact, session):
+    for _ in range(50):
+        session("SELECT leaky_leak(20, 100)")
+    report = exact.rows(f"SELECT rheap_report_json({session.pid}) AS r")[0]["r"]
+    [leak], [process] = report["leaks"], report["processes"]
+    [row] = exact.rows(f"SELECT * FROM rheap_leaks({session.pid})")
+    assert leak["stack"][leak["culprit"]]["function"] == row["function"] == "leaky_leak"
+    for key in ("verdict", "live_bytes", "live_count", "context", "generations", "reason"):
+        assert leak[key] == row[key]
+    assert process["pid"] == session.pid and process["mode"] == "exact"
+
+
 def test_reset_forgets_and_starts_again(exact, session):
     session("SELECT leaky_leak(1000, 100)")
     exact.sql(f"SELECT rheap_reset({session.pid})")

@@ -32,7 +32,8 @@ pub struct Process {
     pub share: Option<Share>,
     /// A hook is at work: whatever pallocs meanwhile is a signal handler's, and is let pass.
     busy: bool,
-    attached: bool,
+    /// Set while this process has one, which is to say while it keeps books.
+    own_slot: Option<&'static Slot>,
     /// No slot was to be had; try again no earlier than at the next message.
     refused: bool,
     pub slot: u32,
@@ -47,7 +48,7 @@ pub struct Process {
     pub walk: Walk,
     epoch: u32,
     /// `MyBackendType` as last seen: a child says who it is only some allocations after its start.
-    kind: i32,
+    kind: pg_sys::BackendType::Type,
     /// Set once messages arrive: then they are the epochs of work, and the safe points for walks.
     has_messages: bool,
     looks: u32,
@@ -67,7 +68,7 @@ unsafe impl Sync for Global {}
 static PROCESS: Global = Global(UnsafeCell::new(Process {
     share: None,
     busy: false,
-    attached: false,
+    own_slot: None,
     refused: false,
     slot: 0,
     pid: 0,
@@ -168,7 +169,7 @@ fn frame_pointers_agree(process: &mut Process, share: &Share) -> bool {
 unsafe extern "C" fn forked_in_parent() {
     // SAFETY: runs in the thread that forked, between two statements of it.
     let process = unsafe { current() };
-    if process.attached && !process.has_messages {
+    if process.own_slot.is_some() && !process.has_messages {
         process.next_epoch();
     }
 }
@@ -176,7 +177,7 @@ unsafe extern "C" fn forked_in_parent() {
 unsafe extern "C" fn forked_in_child() {
     // SAFETY: the child's only thread.
     let process = unsafe { current() };
-    process.attached = false;
+    process.own_slot = None;
     process.refused = false;
     process.busy = false;
     process.has_messages = false;
@@ -185,8 +186,8 @@ unsafe extern "C" fn forked_in_child() {
 extern "C" fn exiting() {
     // SAFETY: the process's last moments; nothing else runs.
     let process = unsafe { current() };
-    if process.attached && std::process::id() as i32 == process.pid {
-        process.attached = false;
+    if process.own_slot.is_some() && std::process::id() as i32 == process.pid {
+        process.own_slot = None;
         process.refused = true;
         if let Some(share) = process.share {
             share.release_slot(process.slot, process.pid);
@@ -195,8 +196,9 @@ extern "C" fn exiting() {
 }
 
 impl Process {
+    #[inline]
     pub fn slot(&self) -> Option<&'static Slot> {
-        self.share.filter(|_| self.attached).map(|s| &s.slots[self.slot as usize])
+        self.own_slot
     }
 
     /// Starts this process's own books: the parent's, if it was forked, are not its own.
@@ -223,7 +225,7 @@ impl Process {
             return false;
         };
         self.slot = slot;
-        self.attached = true;
+        self.own_slot = Some(&share.slots[slot as usize]);
         self.follow_settings();
         true
     }
@@ -233,7 +235,8 @@ impl Process {
         let Some(slot) = self.slot() else { return };
         let kind = backend_type();
         let mode = settings::mode();
-        self.kind = kind;
+        // SAFETY: a plain read of the server's global.
+        self.kind = unsafe { pg_sys::MyBackendType };
         slot.backend_type.store(kind, Relaxed);
         slot.mode.store(mode, Relaxed);
         // What allocates little can always be exact.
@@ -336,7 +339,7 @@ impl Process {
     }
 
     fn allocated(&mut self, context: MemoryContext, chunk: u64, size: u64, regs: Regs) {
-        if !self.attached && !self.attach() {
+        if self.own_slot.is_none() && !self.attach() {
             return;
         }
         let Some(slot) = self.slot() else { return };
@@ -345,7 +348,8 @@ impl Process {
         {
             self.forget(&share, slot);
         }
-        if self.kind != backend_type() {
+        // SAFETY: a plain read of the server's global.
+        if self.kind != unsafe { pg_sys::MyBackendType } {
             self.follow_settings();
         }
         if settings::mode() != Mode::Off as u32 {
@@ -460,10 +464,8 @@ pub fn allocated(context: MemoryContext, chunk: u64, size: u64, regs: Regs) {
 #[inline]
 pub fn freed(chunk: u64) {
     guarded(|p| {
-        if p.attached
-            && let Some(share) = &p.share
+        if let (Some(slot), Some(share)) = (p.own_slot, &p.share)
             && p.ledger.free(chunk, share)
-            && let Some(slot) = p.slot()
         {
             bump(&slot.frees);
         }
@@ -480,9 +482,7 @@ pub fn reallocated(context: MemoryContext, old: u64, new: u64, size: u64, regs: 
 /// Everything in a watched context is about to go.
 pub fn context_reset(context: MemoryContext) {
     guarded(|p| {
-        if p.attached
-            && let Some(share) = &p.share
-        {
+        if let (Some(_), Some(share)) = (p.own_slot, &p.share) {
             let ended = p.ledger.reset(context as u64, share);
             if let Some(slot) = p.slot() {
                 slot.frees.store(slot.frees.load(Relaxed) + ended as u64, Relaxed);
@@ -494,9 +494,7 @@ pub fn context_reset(context: MemoryContext) {
 /// A watched context is about to go.
 pub fn context_deleted(context: MemoryContext) {
     guarded(|p| {
-        if p.attached
-            && let Some(share) = &p.share
-        {
+        if let (Some(_), Some(share)) = (p.own_slot, &p.share) {
             let ended = p.ledger.delete(context as u64, share);
             if let Some(slot) = p.slot() {
                 slot.frees.store(slot.frees.load(Relaxed) + ended as u64, Relaxed);
@@ -509,7 +507,7 @@ pub fn context_deleted(context: MemoryContext) {
 pub fn message_done() {
     guarded(|p| {
         p.refused = false;
-        if !p.attached && !p.attach() {
+        if p.own_slot.is_none() && !p.attach() {
             return;
         }
         let Some(slot) = p.slot() else { return };

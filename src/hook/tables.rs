@@ -18,10 +18,9 @@ struct Tables {
     base: [*mut Methods; KIND_COUNT],
     /// What the base tables held before the patch.
     original: [Methods; KIND_COUNT],
-    pass: [Pair; KIND_COUNT],
+    /// The last is for MessageContext: an AllocSet's, but its reset is noticed.
+    pass: [Pair; KIND_COUNT + 1],
     watch: [Pair; KIND_COUNT],
-    /// For MessageContext: pass, but its reset is noticed.
-    boundary: Pair,
     installed: bool,
 }
 
@@ -80,8 +79,8 @@ pub unsafe fn patch(bases: [*mut Methods; KIND_COUNT], entries: &Entries) -> Res
         }
         tables.watch[kind] = Pair { active: watch, original };
     }
-    tables.boundary = tables.pass[0];
-    tables.boundary.active.reset = Some(entries.reset);
+    tables.pass[KIND_COUNT] = tables.pass[0];
+    tables.pass[KIND_COUNT].active.reset = Some(entries.reset);
 
     // All pages first, so that a refusal leaves every table as it was.
     for base in bases {
@@ -155,11 +154,11 @@ pub unsafe fn table_of(context: MemoryContext) -> Table {
     let t = tables();
     // SAFETY: the caller's promise.
     let methods = unsafe { (*context).methods } as usize;
-    let within = |pairs: &[Pair; KIND_COUNT]| methods.wrapping_sub(pairs as *const _ as usize) < size_of_val(pairs);
-    if within(&t.watch) {
-        Table::Watch
-    } else if within(&t.pass) || methods == &t.boundary.active as *const _ as usize {
+    let within = |pairs: &[Pair]| methods.wrapping_sub(pairs.as_ptr() as usize) < size_of_val(pairs);
+    if within(&t.pass) {
         Table::Pass
+    } else if within(&t.watch) {
+        Table::Watch
     } else if t.base.iter().any(|&b| b as usize == methods) {
         Table::Base
     } else {
@@ -188,7 +187,7 @@ pub unsafe fn pass(context: MemoryContext, boundary: bool) {
     // SAFETY: the caller's promise.
     unsafe {
         match kind_of(context) {
-            Some(0) if boundary => (*context).methods = &tables().boundary.active,
+            Some(0) if boundary => (*context).methods = &tables().pass[KIND_COUNT].active,
             Some(kind) => (*context).methods = &tables().pass[kind].active,
             None => (),
         }

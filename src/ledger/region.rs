@@ -24,29 +24,30 @@ const FIRST_GROWTH: usize = 16 * PAGE;
 pub struct Region<T> {
     base: Option<NonNull<T>>,
     bytes: usize,
+    capacity: usize,
 }
 
 impl<T: Copy> Region<T> {
     pub const fn new() -> Self {
-        Region { base: None, bytes: 0 }
+        Region { base: None, bytes: 0, capacity: 0 }
     }
 
     /// Number of elements that are mapped.
     #[inline]
     pub fn capacity(&self) -> usize {
-        self.bytes / size_of::<T>()
+        self.capacity
     }
 
     #[inline]
     pub fn get(&self, index: usize) -> &T {
-        assert!(index < self.capacity());
+        assert!(index < self.capacity);
         // SAFETY: the index is inside the mapping, which only `&mut self` moves, and zeroed bytes are a valid T.
         unsafe { &*self.base.unwrap_unchecked().as_ptr().add(index) }
     }
 
     #[inline]
     pub fn get_mut(&mut self, index: usize) -> &mut T {
-        assert!(index < self.capacity());
+        assert!(index < self.capacity);
         // SAFETY: as in `get`, and the borrow of self is exclusive.
         unsafe { &mut *self.base.unwrap_unchecked().as_ptr().add(index) }
     }
@@ -82,6 +83,7 @@ impl<T: Copy> Region<T> {
         }
         self.base = NonNull::new(base.cast());
         self.bytes = bytes;
+        self.capacity = bytes / size_of::<T>();
         budget.used += more;
         true
     }
@@ -93,6 +95,7 @@ impl<T: Copy> Region<T> {
             unsafe { libc::munmap(base.as_ptr().cast(), self.bytes) };
             budget.used -= self.bytes;
             self.bytes = 0;
+            self.capacity = 0;
         }
     }
 }

@@ -18,6 +18,8 @@ pub struct Table<E> {
     entries: Region<E>,
     buckets: Region<u32>,
     bucket_count: usize,
+    /// The smallest power of two that is not below `bucket_count`, less one.
+    mask: usize,
     high: u32,
     free: u32,
     live: u32,
@@ -33,7 +35,7 @@ fn hash(key: u64) -> usize {
 
 impl<E: Entry> Table<E> {
     pub const fn new() -> Self {
-        Table { entries: Region::new(), buckets: Region::new(), bucket_count: 0, high: 0, free: 0, live: 0 }
+        Table { entries: Region::new(), buckets: Region::new(), bucket_count: 0, mask: 0, high: 0, free: 0, live: 0 }
     }
 
     /// Entries in use.
@@ -49,9 +51,8 @@ impl<E: Entry> Table<E> {
     #[inline]
     fn bucket(&self, key: u64) -> usize {
         let h = hash(key);
-        let mask = self.bucket_count.next_power_of_two() - 1;
-        let b = h & mask;
-        if b < self.bucket_count { b } else { h & (mask >> 1) }
+        let bucket = h & self.mask;
+        if bucket < self.bucket_count { bucket } else { h & (self.mask >> 1) }
     }
 
     #[inline]
@@ -142,6 +143,7 @@ impl<E: Entry> Table<E> {
                 }
             }
             self.bucket_count = FIRST_BUCKETS;
+            self.mask = FIRST_BUCKETS - 1;
         } else if (self.live as usize) >= self.bucket_count
             && (self.bucket_count < self.buckets.capacity() || self.buckets.grow(budget))
         {
@@ -155,6 +157,7 @@ impl<E: Entry> Table<E> {
         let new = self.bucket_count;
         let old = if new.is_power_of_two() { 0 } else { new - (new.next_power_of_two() >> 1) };
         self.bucket_count += 1;
+        self.mask = self.bucket_count.next_power_of_two() - 1;
         let mut id = *self.buckets.get(old);
         let (mut stay, mut go) = (0, 0);
         while id != 0 {

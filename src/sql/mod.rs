@@ -5,6 +5,7 @@ mod gather;
 mod install;
 mod leaks;
 mod processes;
+mod report;
 mod reset;
 
 use core::ffi::CStr;
