@@ -64,6 +64,13 @@ def test_a_server_that_fails_the_self_check_runs_on_unhooked(server):
         assert cluster.stop("fast") < 10
 
 
+def test_frame_pointers_are_used_where_the_server_keeps_them(server):
+    with Cluster(server, log_min_messages="debug1") as cluster:
+        # Debian compiles its server with them; a plain configure does not.
+        way = "frame pointers" if cluster.major == 15 else "unwind tables"
+        assert f"rheap walks the server's stacks by {way}" in cluster.log_text()
+
+
 def test_a_leak_is_logged_once_when_asked_for(server):
     with Cluster(server, rheap__mode="exact", rheap__log_leaks="on", rheap__walk_interval="10ms") as cluster:
         cluster.run_file(HERE / "modules/leaky.sql")

@@ -23,6 +23,8 @@ pub fn init() {
         let processes = if cluster { most_processes() } else { 1 };
         process::prepare(processes, cluster).and_then(|()| hook::install())
     };
+    let way = if process::uses_frame_pointers() { "frame pointers" } else { "unwind tables" };
+    pgrx::debug1!("rheap walks the server's stacks by {way}");
     if let Err(reason) = result {
         warning!("rheap runs without its hooks and records nothing: {reason}");
         let _ = REFUSAL.set(reason);

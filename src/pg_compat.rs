@@ -113,3 +113,10 @@ pub unsafe fn kind_of(context: MemoryContext) -> Option<usize> {
         _ => None,
     }
 }
+
+/// True for processes that never wait for a client's message, so that only their allocations drive rheap.
+pub fn has_no_messages(backend_type: i32) -> bool {
+    use pg_sys::BackendType::*;
+    backend_type == crate::share::slot::POSTMASTER
+        || !matches!(backend_type as u32, B_INVALID | B_BACKEND | B_WAL_SENDER | B_AUTOVAC_WORKER)
+}

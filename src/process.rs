@@ -25,9 +25,6 @@ const ASIDE: usize = 2 << 20;
 /// Watched allocations between two looks at the clock in a process that has no messages to tell its work by.
 const LOOK: u32 = 256;
 
-/// Watched allocations after which a process without messages counts as started.
-const STARTED: u32 = 100;
-
 pub struct Process {
     pub share: Option<Share>,
     /// A hook is at work: whatever pallocs meanwhile is a signal handler's, and is let pass.
@@ -151,6 +148,12 @@ pub unsafe fn prepare(processes: usize, cluster: bool) -> Result<(), String> {
     Ok(())
 }
 
+/// Whether stacks in the server's own code are walked by frame pointer.
+pub fn uses_frame_pointers() -> bool {
+    // SAFETY: read once at load, when no hook runs.
+    unsafe { current() }.unwinder.uses_frame_pointers()
+}
+
 /// Frame pointers are trusted once they have given the same stack as the C runtime's unwinder, from here up.
 fn frame_pointers_agree(process: &mut Process, share: &Share) -> bool {
     let mut ours = [0u64; 64];
@@ -238,6 +241,7 @@ impl Process {
         // SAFETY: a plain read of the server's global.
         self.kind = unsafe { pg_sys::MyBackendType };
         slot.backend_type.store(kind, Relaxed);
+        slot.without_messages.store(pg_compat::has_no_messages(kind) as u32, Relaxed);
         slot.mode.store(mode, Relaxed);
         // What allocates little can always be exact.
         let exact = mode == Mode::Exact as u32 || !pg_compat::allocates_much(kind as _);
@@ -367,14 +371,14 @@ impl Process {
             }
         }
         self.looks += 1;
-        // A process without messages allocates little and may not do so again for long: look each time, and take
-        // the baseline once it has started.
         if self.looks >= LOOK || !self.has_messages {
-            if self.looks == STARTED && !self.has_messages && slot.walks.load(Relaxed) == 0 {
+            // Without messages a process allocates little, and may not do so again for long. While it starts, it is
+            // walked each time that it has allocated twice as much as before.
+            if self.looks.is_power_of_two() && self.looks >= 8 && slot.has_no_messages() && self.walk.is_starting() {
                 self.walk.hurry();
             }
             self.look(slot);
-            if self.looks >= LOOK {
+            if self.looks >= LOOK && !self.walk.is_starting() {
                 self.looks = 0;
             }
         }

@@ -121,12 +121,11 @@ impl Share {
         };
         let start = pid as usize % self.slots.len();
         let order = || (0..self.slots.len()).map(|i| (start + i) % self.slots.len());
-        order().filter(|&i| self.slots[i].pid.load(Relaxed) == 0).find_map(|i| take(i, 0)).or_else(|| {
-            order().find_map(|i| {
-                let owner = self.slots[i].pid.load(Relaxed);
-                (!slot::alive(owner)).then(|| take(i, owner)).flatten()
-            })
-        })
+        let owner = |index: usize| self.slots[index].pid.load(Relaxed);
+        // Of an earlier process of the same id, which was killed; else a free one; else one of any dead process.
+        let mine = order().filter(|&i| owner(i) == pid).find_map(|i| take(i, pid));
+        mine.or_else(|| order().filter(|&i| owner(i) == 0).find_map(|i| take(i, 0)))
+            .or_else(|| order().filter(|&i| !slot::alive(owner(i))).find_map(|i| take(i, owner(i))))
     }
 
     /// Gives a slot back with all that belongs to it, if `pid` owns it.
@@ -172,12 +171,24 @@ mod tests {
         let first = share.claim_slot(gone, 4).unwrap();
         let chunk = share.sites.claim(first).unwrap();
         share.sites.rows[chunk * CHUNK].open(7, 8);
-        assert!(share.claim_slot(me, 4).is_some() && share.claim_slot(me, 4).is_some());
+        let parent = std::os::unix::process::parent_id() as i32;
+        assert!(share.claim_slot(me, 4).is_some() && share.claim_slot(parent, 4).is_some());
         assert_eq!(share.live_slots().count(), 2);
-        assert_eq!(share.claim_slot(me, 4), Some(first));
+        assert_eq!(share.claim_slot(1, 4), Some(first));
         assert_eq!(share.sites.owned(first).count(), 0);
         assert_eq!(share.sites.rows[chunk * CHUNK].copy(), None);
-        assert_eq!(share.claim_slot(me, 4), None, "every slot belongs to a live process");
+        assert_eq!(share.claim_slot(gone, 4), None, "every slot belongs to a live process");
+    }
+
+    #[test]
+    fn a_process_whose_id_was_used_before_takes_that_ones_slot() {
+        let share = Share::map(3, 64, true).unwrap();
+        let me = std::process::id() as i32;
+        let slot = share.claim_slot(me, 4);
+        share.slots[slot.unwrap() as usize].allocations.store(5, Relaxed);
+        assert_eq!(share.claim_slot(me, 4), slot);
+        assert_eq!(share.slots[slot.unwrap() as usize].allocations.load(Relaxed), 0);
+        assert_eq!(share.live_slots().count(), 1);
     }
 
     #[test]

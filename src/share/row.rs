@@ -43,9 +43,9 @@ pub struct RowCopy {
 }
 
 impl Row {
-    /// Adds a walk's finding. Owner only. The first one is the baseline unless the path appeared after the
-    /// process's first walk, when it is 0.
-    pub fn publish(&self, path: u32, seen: Seen, now: i64, first_walk: bool) {
+    /// Adds a walk's finding. Owner only. `baseline` says that the process is still starting; a path that appears
+    /// later had nothing before.
+    pub fn publish(&self, path: u32, seen: Seen, now: i64, baseline: bool) {
         let sequence = self.sequence.load(Relaxed) | 1;
         self.sequence.store(sequence, Relaxed);
         fence(Release);
@@ -53,7 +53,10 @@ impl Row {
         if self.path.load(Relaxed) == 0 {
             self.path.store(path, Relaxed);
             self.walks.store(0, Relaxed);
-            self.baseline_bytes.store(if first_walk { used } else { 0 }, Relaxed);
+            self.baseline_bytes.store(0, Relaxed);
+        }
+        if baseline {
+            self.baseline_bytes.store(used, Relaxed);
         }
         let at = self.walks.load(Relaxed) as usize % HISTORY;
         self.times[at].store(now, Relaxed);

@@ -18,6 +18,8 @@ pub struct Slot {
     pub epoch: AtomicU32,
     /// 1 once a client's message has been dealt with.
     pub has_messages: AtomicU32,
+    /// 1 for a process that never gets messages.
+    pub without_messages: AtomicU32,
     pub watched_contexts: AtomicU32,
     pub walks: AtomicU32,
     pub allocations: AtomicU64,
@@ -38,6 +40,11 @@ impl Slot {
     /// Whether the owner still has to follow a wish to forget; its accounts count as empty until then.
     pub fn reset_pending(&self) -> bool {
         self.resets_wanted.load(Acquire) != self.resets_done.load(Acquire)
+    }
+
+    #[inline]
+    pub fn has_no_messages(&self) -> bool {
+        self.without_messages.load(Relaxed) != 0
     }
 
     /// What the process's count of work counts, in the plural.

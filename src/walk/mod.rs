@@ -40,6 +40,8 @@ pub struct Walk {
     paths: Table<Found>,
     /// Microseconds, as `process::now`.
     next: i64,
+    /// Until this the process counts as starting: what it holds then is its baseline.
+    started: i64,
     /// Not before this, whatever has happened.
     earliest: i64,
     /// Bytes alive in the ledger at the last walk.
@@ -54,7 +56,7 @@ const NEWS: u64 = 1 << 20;
 
 impl Walk {
     pub const fn new() -> Self {
-        Walk { paths: Table::new(), next: 0, earliest: 0, held: 0, fresh: false }
+        Walk { paths: Table::new(), next: 0, started: 0, earliest: 0, held: 0, fresh: false }
     }
 
     pub fn is_due(&self, now: i64) -> bool {
@@ -71,6 +73,12 @@ impl Walk {
     pub fn forget(&mut self, now: i64, budget: &mut Budget) {
         self.paths.clear(budget);
         self.next = now + settings::walk_interval_ms() as i64 * 1000;
+        self.started = self.next;
+    }
+
+    /// No walk interval has passed since the process started.
+    pub fn is_starting(&self) -> bool {
+        process::now() < self.started
     }
 
     /// Walks at the next look.
@@ -102,7 +110,7 @@ pub unsafe fn walk(process: &mut Process, slot: &Slot) {
     let Some(share) = process.share else { return };
     let start = clock();
     let number = slot.walks.load(Relaxed) + 1;
-    let first = number == 1;
+    let baseline = number == 1 || (slot.has_no_messages() && process.walk.is_starting());
     let on = settings::mode() != Mode::Off as u32;
     let adopt = settings::adopt_bytes();
     let mut trail = [0u32; DEEPEST];
@@ -143,7 +151,7 @@ pub unsafe fn walk(process: &mut Process, slot: &Slot) {
         }
         // A path that this walk did not meet holds nothing now.
         let seen = if found.walk == number { found.seen } else { Seen { kind: found.seen.kind, ..Seen::default() } };
-        share.rows.rows[found.row as usize - 1].publish(found.path as u32, seen, process::now(), first);
+        share.rows.rows[found.row as usize - 1].publish(found.path as u32, seen, process::now(), baseline);
     }
     slot.context_bytes.store(total, Relaxed);
     slot.watched_contexts.store(watched, Relaxed);

@@ -79,3 +79,62 @@ fn a_broken_frame_pointer_cuts_the_walk() {
         }
     });
 }
+
+/// A function with a frame pointer, as a server that keeps them is compiled: calls itself `depth` times, then `f`.
+#[unsafe(naked)]
+unsafe extern "C" fn with_frame_pointer(f: extern "C" fn(*mut u8), argument: *mut u8, depth: u64) {
+    std::arch::naked_asm!(
+        ".cfi_startproc",
+        "push rbp",
+        ".cfi_def_cfa_offset 16",
+        ".cfi_offset rbp, -16",
+        "mov rbp, rsp",
+        ".cfi_def_cfa_register rbp",
+        "test rdx, rdx",
+        "jz 2f",
+        "dec rdx",
+        "call {this}",
+        "jmp 3f",
+        "2:",
+        "mov rax, rdi",
+        "mov rdi, rsi",
+        "call rax",
+        "3:",
+        "pop rbp",
+        ".cfi_def_cfa rsp, 8",
+        "ret",
+        ".cfi_endproc",
+        this = sym with_frame_pointer,
+    )
+}
+
+#[test]
+fn frame_pointers_and_dwarf_give_the_same_stack() {
+    struct Both {
+        share: Share,
+        unwinder: Box<Unwinder>,
+        compared: usize,
+    }
+    extern "C" fn compare(both: *mut u8) {
+        // SAFETY: the test passes its own Both.
+        let both = unsafe { &mut *both.cast::<Both>() };
+        let mut walks = [[0u64; MAX_FRAMES]; 2];
+        let mut frames = [(0, false); 2];
+        with_registers(&mut |regs| {
+            let start = with_frame_pointer as *const () as u64;
+            for (i, fast) in [(start, start + 64), (0, 0)].into_iter().enumerate() {
+                both.unwinder.fast = fast;
+                frames[i] = both.unwinder.walk(regs, &mut walks[i], &both.share.modules);
+            }
+        });
+        assert_eq!(frames[0], frames[1]);
+        assert!(!frames[0].1);
+        assert_eq!(walks[0], walks[1]);
+        both.compared = frames[0].0;
+    }
+    let share = Share::map(1, 64, false).unwrap();
+    let mut both = Both { share, unwinder: unwinder(&share), compared: 0 };
+    // SAFETY: the naked function passes the pointer on to `compare` and touches nothing else.
+    unsafe { with_frame_pointer(compare, (&raw mut both).cast(), 10) };
+    assert!(both.compared > 15);
+}
