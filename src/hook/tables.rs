@@ -3,7 +3,7 @@
 use std::cell::UnsafeCell;
 use std::ptr;
 
-use crate::pg_compat::{DISPATCH_BY_CHUNK, Free, KIND_COUNT, MemoryContext, Methods, Realloc, kind_of};
+use crate::pg_compat::{DISPATCH_BY_CHUNK, Free, KIND_COUNT, MemoryContext, Methods, kind_of};
 
 /// A table that contexts point at, and behind it what the server had there: an entry finds its original through
 /// the context alone, without knowing the allocator.
@@ -113,7 +113,7 @@ trait Member {
 struct ReallocOf;
 #[cfg(any(feature = "pg15", feature = "pg17", feature = "pg18"))]
 impl Member for ReallocOf {
-    type F = Realloc;
+    type F = crate::pg_compat::Realloc;
 }
 #[cfg(feature = "pg16")]
 impl Member for ReallocOf {

@@ -46,11 +46,13 @@ impl Entry for Known {
 /// The stacks that this process has met. Valid in its children too, which have the same modules at the same places.
 pub struct Stacks {
     known: Table<Known>,
+    /// Return addresses of the walk at hand; kept, so that no capture has to clear it.
+    raw: [u64; MAX_FRAMES],
 }
 
 impl Stacks {
     pub const fn new() -> Self {
-        Stacks { known: Table::new() }
+        Stacks { known: Table::new(), raw: [0; MAX_FRAMES] }
     }
 
     /// The id of the stack at these registers, or 0 when the dictionary is full.
@@ -63,11 +65,10 @@ impl Stacks {
         share: &Share,
         budget: &mut Budget,
     ) -> u32 {
-        let mut raw = [0u64; MAX_FRAMES];
-        let (frames, cut) = unwinder.walk(regs, &mut raw[..depth.min(MAX_FRAMES)], &share.modules);
-        let hash = dictionary::hash(&raw[..frames]);
+        let (frames, cut) = unwinder.walk(regs, &mut self.raw[..depth.min(MAX_FRAMES)], &share.modules);
+        let hash = dictionary::hash(&self.raw[..frames]);
         match self.known.find(hash) {
-            0 => self.learn(unwinder, &mut raw, frames, cut, hash, share, budget),
+            0 => self.learn(unwinder, frames, cut, hash, share, budget),
             id => self.known.get(id).stack,
         }
     }
@@ -76,13 +77,13 @@ impl Stacks {
     fn learn(
         &mut self,
         unwinder: &mut Unwinder,
-        raw: &mut [u64; MAX_FRAMES],
         mut frames: usize,
         cut: bool,
         hash: u64,
         share: &Share,
         budget: &mut Budget,
     ) -> u32 {
+        let raw = &mut self.raw;
         for word in &mut raw[..frames] {
             *word = unwinder.modules.locate(*word, &share.modules).map_or(0, |(module, offset)| frame(module, offset));
         }

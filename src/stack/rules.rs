@@ -141,7 +141,7 @@ fn entries(table: &EhHdrTable<'_, Slice>, bases: &BaseAddresses) -> usize {
     count
 }
 
-/// Over most of the function: true for a frame with frame pointer, false for one without, None for no frame.
+/// Whether a function that has a frame keeps the frame pointer in it; None for one without a frame.
 fn frame_kind(
     fde: &FrameDescriptionEntry<Slice>,
     frames: &EhFrame<Slice>,
@@ -149,16 +149,13 @@ fn frame_kind(
     context: &mut UnwindContext<usize, OnStack>,
 ) -> Option<bool> {
     let mut rows = fde.rows(frames, bases, context).ok()?;
-    let (mut longest, mut kind) = (0, None);
+    let mut kind = None;
     while let Ok(Some(row)) = rows.next_row() {
-        let length = row.end_address().saturating_sub(row.start_address());
-        if length > longest {
-            longest = length;
-            kind = match *row.cfa() {
-                CfaRule::RegisterAndOffset { register: X86_64::RBP, offset: 16 } => Some(true),
-                CfaRule::RegisterAndOffset { register: X86_64::RSP, offset: 8 } => None,
-                _ => Some(false),
-            };
+        match *row.cfa() {
+            CfaRule::RegisterAndOffset { register: X86_64::RBP, offset: 16 } => return Some(true),
+            CfaRule::RegisterAndOffset { register: X86_64::RSP, offset: 8 } => (),
+            // Also the first instructions of a function that will set up its frame pointer; then a row follows.
+            _ => kind = Some(false),
         }
     }
     kind

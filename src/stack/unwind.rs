@@ -94,6 +94,10 @@ impl Unwinder {
             out[frames] = ip;
             frames += 1;
             let (cfa, bp_at) = if ip.wrapping_sub(self.fast.0) < self.fast.1 - self.fast.0 {
+                if bp == 0 {
+                    // By the ABI: the process's entry point clears the register.
+                    return (frames, false);
+                }
                 (bp.wrapping_add(16), bp)
             } else {
                 let cached = self.rule(ip, names);
@@ -155,11 +159,15 @@ impl Unwinder {
     }
 }
 
-/// Lowest and highest address of the main thread's stack, as far as it may grow.
+/// Lowest and highest address of the stack that this runs on, as far as it may grow.
 fn stack_ends() -> Option<(u64, u64)> {
     let maps = std::fs::read_to_string("/proc/self/maps").ok()?;
-    let line = maps.lines().find(|l| l.ends_with("[stack]"))?;
-    let top = u64::from_str_radix(line.split(['-', ' ']).nth(1)?, 16).ok()?;
+    let here = &raw const maps as u64;
+    let top = maps.lines().find_map(|line| {
+        let (start, end) = line.split(' ').next()?.split_once('-')?;
+        let (start, end) = (u64::from_str_radix(start, 16).ok()?, u64::from_str_radix(end, 16).ok()?);
+        (start..end).contains(&here).then_some(end)
+    })?;
     let mut limit = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
     // SAFETY: writes to a local.
     unsafe { libc::getrlimit(libc::RLIMIT_STACK, &mut limit) };
