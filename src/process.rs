@@ -234,6 +234,7 @@ impl Process {
     }
 
     /// Settings may have changed: between two messages, or after a reload.
+    #[inline(never)]
     fn follow_settings(&mut self) {
         let Some(slot) = self.slot() else { return };
         let kind = backend_type();
@@ -305,6 +306,8 @@ impl Process {
         ledger.add_site(stack, path, site).then_some(site)
     }
 
+    // Not inlined, so that the many allocations that need no record save no registers for it.
+    #[inline(never)]
     fn record(&mut self, context: MemoryContext, chunk: u64, size: u64, regs: Regs, decision: Decision) {
         let Some(share) = self.share else { return };
         let Some(slot) = self.slot() else { return };
@@ -385,6 +388,7 @@ impl Process {
     }
 
     /// Looks at the clock, and walks if it is time.
+    #[inline(never)]
     fn look(&mut self, slot: &Slot) {
         self.now = now();
         if self.walk.is_due(self.now) {

@@ -365,6 +365,7 @@ impl Ledger {
         sampling::weight(record.size(), self.rates[record.level()])
     }
 
+    #[inline(never)]
     fn end(&mut self, id: u32, sites: &impl Sites) {
         let record = self.take(id);
         let weight = self.live_weight(&record);

@@ -78,7 +78,7 @@ impl Unwinder {
     }
 
     /// Fills `out` with return addresses, innermost first. Returns their number and whether the walk ended before
-    /// the process's first frame for another reason than the length of `out`.
+    /// the process's first frame.
     #[inline]
     pub fn walk(&mut self, regs: Regs, out: &mut [u64], names: &Dictionary) -> (usize, bool) {
         let Regs { mut sp, mut bp } = regs;
@@ -133,7 +133,7 @@ impl Unwinder {
                 return (frames, false);
             }
         }
-        (frames, false)
+        (frames, true)
     }
 
     #[inline]
