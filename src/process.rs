@@ -373,18 +373,19 @@ impl Process {
                 decision => self.record(context, chunk, size, regs, decision),
             }
         }
-        self.looks += 1;
-        if self.looks >= LOOK || !self.has_messages {
-            // Without messages a process allocates little, and may not do so again for long. While it starts, it is
-            // walked each time that it has allocated twice as much as before.
-            if self.looks.is_power_of_two() && self.looks >= 8 && slot.has_no_messages() && self.walk.is_starting() {
-                self.walk.hurry();
+        self.looks = self.looks.wrapping_add(1);
+        if self.has_messages {
+            if self.looks.is_multiple_of(LOOK) {
+                self.look(slot);
             }
-            self.look(slot);
-            if self.looks >= LOOK && !self.walk.is_starting() {
-                self.looks = 0;
-            }
+            return;
         }
+        // Without messages a process allocates little, and may not do so again for long: look each time. While it
+        // starts, it is walked each time that it has allocated twice as much as before.
+        if self.looks.is_power_of_two() && self.looks >= 8 && slot.has_no_messages() && self.walk.is_starting() {
+            self.walk.hurry();
+        }
+        self.look(slot);
     }
 
     /// Looks at the clock, and walks if it is time.

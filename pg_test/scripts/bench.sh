@@ -37,7 +37,14 @@ measure() { local one two; one=$(instructions "$root/n" "$@"); two=$(instruction
 base=$(measure)
 printf '%s, %s statements, instructions per prepared point select\n\n' "$("$pg_config" --version)" "$n"
 printf '| rheap | instructions | cost |\n| --- | --- | --- |\n| not loaded | %s | |\n' "$base"
+row() {
+    local name=$1 with; shift
+    with=$(measure "$@")
+    printf '| %s | %s | %+.2f %% |\n' "$name" "$with" "$(awk "BEGIN { print ($with - $base) * 100 / $base }")"
+}
+# rheap asks for query ids, as pg_stat_statements does: their part of the cost by itself.
+row 'not loaded, compute_query_id = on' -c compute_query_id=on
 for mode in off sampled exact; do
-    with=$(measure -c shared_preload_libraries=rheap -c rheap.mode=$mode)
-    printf '| %s | %s | %+.2f %% |\n' "$mode" "$with" "$(awk "BEGIN { print ($with - $base) * 100 / $base }")"
+    row "$mode" -c shared_preload_libraries=rheap -c rheap.mode=$mode
+    row "$mode, compute_query_id = off" -c shared_preload_libraries=rheap -c rheap.mode=$mode -c compute_query_id=off
 done
