@@ -1,11 +1,15 @@
 """Every kind of allocation and of its end is counted to the byte, seen from another session."""
 
 import os
+import re
+import shutil
 import signal
+import subprocess
 import time
+from pathlib import Path
 
 import pytest
-from cluster import HERE, Cluster
+from cluster import HERE, Cluster, run
 
 
 @pytest.fixture
@@ -186,3 +190,40 @@ def test_memory_for_symbols_is_given_back(exact):
     for _ in range(20):
         reader("SELECT count(*), count(stack) FROM rheap_call_sites()")
     assert anonymous() - before < 2048, "kB that 20 more queries cost the asking backend"
+
+
+@pytest.mark.parametrize("debug_file", ["by link", "by build id", "none"])
+def test_names_come_from_a_separate_debug_file(exact, session, debug_file, tmp_path):
+    """The module's own debug information is taken away and put where Debian's -dbgsym packages put it."""
+    library = Path(run(exact.bin / "pg_config", "--pkglibdir").stdout.strip())
+    name = "leaky_" + debug_file.replace(" ", "_")
+    module, debug = library / f"{name}.so", tmp_path / f"{name}.so.debug"
+    shutil.copy(library / "leaky.so", module)
+    objcopy = lambda *arguments: subprocess.run(["objcopy", *map(str, arguments)], check=True)
+    placed = None
+    try:
+        objcopy("--only-keep-debug", module, debug)
+        objcopy("--strip-all", module)
+        if debug_file == "by link":
+            placed = library / ".debug" / debug.name
+            placed.parent.mkdir(exist_ok=True)
+            objcopy(f"--add-gnu-debuglink={debug}", module)
+        elif debug_file == "by build id":
+            notes = subprocess.run(["readelf", "-n", module], capture_output=True, text=True, check=True).stdout
+            build_id = notes.split("Build ID: ")[1].split()[0]
+            placed = Path("/usr/lib/debug/.build-id") / build_id[:2] / f"{build_id[2:]}.debug"
+            placed.parent.mkdir(parents=True, exist_ok=True)
+        if placed:
+            shutil.copy(debug, placed)
+        session(f"CREATE FUNCTION {name}(count int, size int) RETURNS void LANGUAGE c STRICT AS '{name}', 'leaky_leak'")
+        session(f"SELECT {name}(10, 100)")
+        [row] = exact.rows(
+            f"SELECT function, location, live_bytes FROM rheap_call_sites({session.pid}) WHERE array_to_string(stack, ' ') LIKE '%leaky_leak%'"
+        )
+        assert (row["function"], row["live_bytes"]) == ("leaky_leak", 1000), "an exported function keeps its name"
+        expected = r"pg_test/modules/leaky\.c:\d+$" if placed else rf"^{name}\.so\+0x[0-9a-f]+$"
+        assert re.search(expected, row["location"])
+    finally:
+        session(f"DROP FUNCTION IF EXISTS {name}")
+        for path in filter(None, [module, placed]):
+            path.unlink(missing_ok=True)

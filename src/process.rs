@@ -13,12 +13,12 @@ use crate::ledger::region::Budget;
 use crate::ledger::{Decision, Ledger};
 use crate::pg_compat::{self, MemoryContext};
 use crate::settings::{self, Mode};
+use crate::share::Share;
 use crate::share::pool::{CHUNK, Cursor};
 use crate::share::row::Row;
 use crate::share::slot::{POSTMASTER, Slot};
-use crate::share::{Share, dictionary};
 use crate::stack::{Regs, Stacks, Unwinder};
-use crate::walk::Walk;
+use crate::walk::{Walk, path};
 
 /// Of `rheap.memory_limit`, what is set aside for everything but the ledger.
 const ASIDE: usize = 2 << 20;
@@ -315,7 +315,7 @@ impl Process {
         let mut id = self.ledger.context(context as u64);
         if id == 0 {
             // SAFETY: inside a palloc of this live context.
-            let path = unsafe { path_of(context, &share) };
+            let path = unsafe { path::path_of(context, &share) };
             id = self.ledger.add_context(context as u64, path);
         }
         let stack = self.stacks.capture(&mut self.unwinder, regs, settings::stack_depth(), &share, &mut self.aside);
@@ -401,45 +401,6 @@ impl Process {
             unsafe { crate::walk::walk(self, slot) };
             self.publish(slot);
         }
-    }
-}
-
-/// Names deeper than this are counted with their ancestor at this depth.
-pub const DEEPEST: usize = 32;
-
-/// The id of a name under a path, 0 when the dictionary is full.
-///
-/// # Safety
-/// A live context, whose name is a static string.
-pub unsafe fn path_under(parent: u32, context: MemoryContext, share: &Share) -> u32 {
-    let mut words = [0; 64];
-    // SAFETY: the caller's promise.
-    let name = unsafe { if (*context).name.is_null() { c"?" } else { core::ffi::CStr::from_ptr((*context).name) } };
-    let n = dictionary::pack(parent as u64, name.to_bytes(), &mut words);
-    share.paths.intern(&words[..n])
-}
-
-/// # Safety
-/// A live context in a consistent tree.
-unsafe fn path_of(context: MemoryContext, share: &Share) -> u32 {
-    // SAFETY: the parents of a live context are live.
-    unsafe {
-        let mut depth = 0;
-        let mut at = context;
-        while !(*at).parent.is_null() {
-            at = (*at).parent;
-            depth += 1;
-        }
-        let mut chain = [std::ptr::null_mut(); DEEPEST];
-        at = context;
-        while !at.is_null() {
-            if depth < DEEPEST {
-                chain[depth] = at;
-            }
-            at = (*at).parent;
-            depth = depth.wrapping_sub(1);
-        }
-        chain.iter().take_while(|c| !c.is_null()).fold(0, |parent, &c| path_under(parent, c, share))
     }
 }
 

@@ -1,5 +1,7 @@
 //! Reads the context tree into a bounded time series per context path.
 
+pub mod path;
+
 use std::sync::atomic::Ordering::*;
 
 use crate::hook::{self, Table as MethodTable};
@@ -7,10 +9,11 @@ use crate::ledger::account::HISTORY;
 use crate::ledger::region::Budget;
 use crate::ledger::table::{Entry, Table};
 use crate::pg_compat::{self, MemoryContext};
-use crate::process::{self, DEEPEST, Process};
+use crate::process::{self, Process};
 use crate::settings::{self, Mode};
 use crate::share::row::Seen;
 use crate::share::slot::Slot;
+use path::DEEPEST;
 use pgrx::pg_sys;
 
 /// What this walk has found of a path so far, and where its row is.
@@ -120,7 +123,7 @@ pub unsafe fn walk(process: &mut Process, slot: &Slot) {
         hook::each_context(|context, depth| {
             let level = depth.min(DEEPEST - 1);
             let parent = if level == 0 { 0 } else { trail[level - 1] };
-            let path = if depth < DEEPEST { process::path_under(parent, context, &share) } else { trail[level] };
+            let path = if depth < DEEPEST { path::path_under(parent, context, &share) } else { trail[level] };
             trail[level] = path;
             let size = (*context).mem_allocated as u64;
             if on && (hook::long_lived(context) || (size > adopt && hook::table_of(context) == MethodTable::Pass)) {
