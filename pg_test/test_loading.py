@@ -83,6 +83,27 @@ def test_a_leak_is_logged_once_when_asked_for(server):
         assert f"SELECT * FROM rheap_leaks({session.pid})" in lines[0]
 
 
+def test_a_full_table_is_said_once_and_counted(server):
+    with Cluster(server, rheap__mode="exact", rheap__max_call_sites=1024) as cluster:
+        sessions = [cluster.session() for _ in range(8)]
+        for session in sessions:
+            session("SELECT count(*) FROM pg_class, pg_attribute WHERE attrelid = pg_class.oid")
+            session("SELECT 1")
+        assert cluster.log_text().count("rheap: a table is full") == 1
+        assert int(cluster.sql("SELECT count(*) FROM rheap_processes WHERE dropped > 0")) > 0
+        # What has an account already is still counted right.
+        assert cluster.sql("SELECT count(*) FROM rheap_call_sites() WHERE alloc_count - free_count <> live_count") == "0"
+
+
+def test_jit_code_ends_a_stack_and_nothing_else(server):
+    with Cluster(server, rheap__mode="exact", rheap__scope="all", jit="on", jit_above_cost=0) as cluster:
+        session = cluster.session()
+        assert session("SELECT sum(length(md5(g::text))) FROM generate_series(1, 20000) g") == "640000"
+        if session("SELECT pg_jit_available()") == "t":
+            cut = f"SELECT count(*) > 0 FROM rheap_call_sites({session.pid}) WHERE '(cut)' = ANY(stack)"
+            assert cluster.sql(cut) == "t"
+
+
 def test_single_user_mode_works(server):
     from cluster import run
 

@@ -54,9 +54,8 @@ pub struct Process {
     published: usize,
     /// Allocations that no table had room for.
     unseen: u64,
-    /// Some table was full, which the log is still to say; then it was said.
+    /// Some table was full, which the log may still have to hear.
     full: bool,
-    said: bool,
 }
 
 struct Global(UnsafeCell<Process>);
@@ -84,7 +83,6 @@ static PROCESS: Global = Global(UnsafeCell::new(Process {
     published: 0,
     unseen: 0,
     full: false,
-    said: false,
 }));
 
 /// This process's state.
@@ -222,7 +220,7 @@ impl Process {
         self.epoch = 1;
         self.looks = 0;
         self.published = 0;
-        (self.unseen, self.full, self.said) = (0, false, false);
+        (self.unseen, self.full) = (0, false);
         let Some(slot) = share.claim_slot(self.pid, backend_type()) else {
             self.refused = true;
             return false;
@@ -505,7 +503,7 @@ pub fn message_done() {
 fn say_if_full() {
     // SAFETY: the guard is released.
     let process = unsafe { current() };
-    if process.full && !std::mem::replace(&mut process.said, true) {
+    if std::mem::take(&mut process.full) && process.share.is_some_and(|s| s.full_logged.swap(1, AcqRel) == 0) {
         pgrx::log!(
             "rheap: a table is full, and call sites that are new go unseen; raise rheap.max_call_sites (now {}) or rheap.memory_limit",
             settings::max_call_sites()

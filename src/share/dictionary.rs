@@ -3,7 +3,7 @@
 //! A word list gets an id, the same id for the same words. Insert-only and lock-free; an insert that died half-way
 //! costs an entry, nothing else. When it is full, `intern` says so and the caller does without.
 
-use std::sync::atomic::{AtomicU64, Ordering::*};
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering::*};
 
 #[repr(C)]
 pub struct Entry {
@@ -18,7 +18,7 @@ pub struct Dictionary {
     pub entries: &'static [Entry],
     pub words: &'static [AtomicU64],
     /// Words given out. It starts at 0, and word 0 is never used, so that no place is 0.
-    pub used: &'static AtomicU64,
+    pub used: &'static AtomicU32,
 }
 
 const PROBES: usize = 64;
@@ -55,7 +55,11 @@ impl Dictionary {
     }
 
     fn fill(&self, entry: &Entry, words: &[u64]) -> bool {
-        let at = self.used.fetch_add(words.len() as u64, AcqRel) as usize + 1;
+        // Once full it stays full: the counter must not come round.
+        if self.used.load(Relaxed) as usize > self.words.len() {
+            return false;
+        }
+        let at = self.used.fetch_add(words.len() as u32, AcqRel) as usize + 1;
         if at + words.len() > self.words.len() {
             return false;
         }
@@ -114,7 +118,7 @@ mod tests {
         Dictionary {
             entries: (0..entries).map(|_| Entry { hash: 0.into(), place: 0.into() }).collect::<Vec<_>>().leak(),
             words: (0..words).map(|_| AtomicU64::new(0)).collect::<Vec<_>>().leak(),
-            used: Box::leak(Box::new(AtomicU64::new(0))),
+            used: Box::leak(Box::new(AtomicU32::new(0))),
         }
     }
 

@@ -8,7 +8,7 @@ pub mod pool;
 pub mod row;
 pub mod slot;
 
-use std::sync::atomic::{AtomicU64, Ordering::*};
+use std::sync::atomic::{AtomicU32, Ordering::*};
 
 use crate::ledger::{Sites, account::Site};
 use dictionary::Dictionary;
@@ -32,6 +32,8 @@ pub struct Share {
     pub paths: Dictionary,
     /// Words: the packed path of the file.
     pub modules: Dictionary,
+    /// Set by the first process that has told the log of a full table.
+    pub full_logged: &'static AtomicU32,
     /// Whether the whole cluster shares it, or this session has it for itself.
     pub cluster: bool,
 }
@@ -61,10 +63,14 @@ impl Cutter {
         unsafe { std::slice::from_raw_parts(self.base.add(start).cast(), count) }
     }
 
+    /// A word by itself; the dry cut, which has no memory yet, gets a stand-in.
+    fn one(&mut self) -> &'static AtomicU32 {
+        static NONE: AtomicU32 = AtomicU32::new(0);
+        self.cut(1).first().unwrap_or(&NONE)
+    }
+
     fn dictionary(&mut self, entries: usize, words: usize) -> Dictionary {
-        let (entries, words) = (self.cut(entries), self.cut(words));
-        static NONE: AtomicU64 = AtomicU64::new(0);
-        Dictionary { entries, words, used: self.cut::<AtomicU64>(1).first().unwrap_or(&NONE) }
+        Dictionary { entries: self.cut(entries), words: self.cut(words), used: self.one() }
     }
 
     fn pool<T>(&mut self, rows: usize) -> Pool<T> {
@@ -80,6 +86,7 @@ impl Cutter {
             stacks: self.dictionary(call_sites * 2, call_sites * 32),
             paths: self.dictionary(PATHS, PATHS * 8),
             modules: self.dictionary(MODULES, MODULES * 16),
+            full_logged: self.one(),
             cluster,
         }
     }
