@@ -49,7 +49,8 @@ def test_the_size_of_the_shared_table_needs_a_restart(exact):
 def test_settings_are_the_superusers(exact):
     exact.sql("CREATE ROLE plain LOGIN")
     try:
-        assert error(exact, "SET rheap.mode = 'exact'", user="plain").sqlstate == "42501"
+        e = error(exact, "SET rheap.mode = 'exact'", user="plain")
+        assert e.sqlstate == "42501" and "GRANT SET ON PARAMETER" in e.hint
     finally:
         exact.sql("DROP ROLE plain")
 

@@ -21,6 +21,7 @@ def test_pg_monitor_reads_and_public_does_not(roles, name):
         with pytest.raises(SqlError) as caught:
             roles.sql(f"SELECT count(*) FROM {source}", user="nobody")
         assert caught.value.sqlstate == "42501"
+        assert caught.value.hint == "Members of pg_monitor may read it: GRANT pg_monitor TO the role."
 
 
 def test_reset_is_the_superusers(roles):
@@ -28,6 +29,7 @@ def test_reset_is_the_superusers(roles):
         with pytest.raises(SqlError) as caught:
             roles.sql("SELECT rheap_reset()", user=user)
         assert caught.value.sqlstate == "42501"
+        assert "GRANT EXECUTE ON FUNCTION rheap_reset(int)" in caught.value.hint
 
 
 def test_query_ids_need_pg_read_all_stats(roles):

@@ -6,6 +6,7 @@
 //! The modules follow the way of the data: `hook` → `stack` → `ledger` → `walk` → `share` → `verdict` → `symbols` →
 //! `sql`. `process` holds what one server process knows, `pg_compat` what differs between server versions.
 
+mod hints;
 mod hook;
 pub mod ledger;
 mod load;

@@ -4,7 +4,7 @@ use core::ffi::CStr;
 use once_cell::sync::OnceCell;
 use pgrx::{pg_sys, warning};
 
-use crate::{hook, process, settings};
+use crate::{hints, hook, process, settings};
 
 /// Why rheap runs without its hooks, if it does.
 static REFUSAL: OnceCell<String> = OnceCell::new();
@@ -16,6 +16,7 @@ pub fn init() {
     // SAFETY: a plain read of the server's global.
     let startup = unsafe { pg_sys::process_shared_preload_libraries_in_progress };
     settings::define(startup);
+    hints::install();
     // SAFETY: plain reads of the server's globals, and calls that are meant for `_PG_init`.
     let result = unsafe {
         pg_sys::EnableQueryId();

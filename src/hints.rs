@@ -1,0 +1,69 @@
+//! A role that may not use rheap is refused by the server, whose error has no hint. This adds it.
+
+use core::ffi::CStr;
+use pgrx::prelude::*;
+use pgrx::{PgSqlErrorCode, pg_sys};
+use std::sync::atomic::{AtomicPtr, Ordering::*};
+
+type Hook = unsafe extern "C-unwind" fn(*mut pg_sys::ErrorData);
+static PREVIOUS: AtomicPtr<()> = AtomicPtr::new(std::ptr::null_mut());
+
+/// Hooks into the server's error reports. Called once, from `_PG_init`.
+pub fn install() {
+    // SAFETY: the hook is a global of the server, set while libraries load, in its only thread.
+    unsafe {
+        PREVIOUS.store(pg_sys::emit_log_hook.map_or(std::ptr::null_mut(), |h| h as *mut ()), Relaxed);
+        pg_sys::emit_log_hook = Some(add_hint);
+    }
+}
+
+#[pg_guard]
+unsafe extern "C-unwind" fn add_hint(report: *mut pg_sys::ErrorData) {
+    // SAFETY: the server passes a valid report; its texts are C strings in its own context, which is freed with it.
+    unsafe {
+        if (*report).sqlerrcode == PgSqlErrorCode::ERRCODE_INSUFFICIENT_PRIVILEGE as i32
+            && (*report).hint.is_null()
+            && !(*report).message.is_null()
+            && let Some(hint) = hint(CStr::from_ptr((*report).message))
+        {
+            (*report).hint = pg_sys::MemoryContextStrdup((*report).assoc_context, hint.as_ptr());
+        }
+        let previous = PREVIOUS.load(Relaxed);
+        if !previous.is_null() {
+            let previous: Hook = std::mem::transmute(previous);
+            previous(report);
+        }
+    }
+}
+
+/// What to write instead, by the object that the message names, in whatever language.
+fn hint(message: &CStr) -> Option<&'static CStr> {
+    let message = message.to_str().ok()?;
+    let names = |name: &str| message.split(|c: char| !c.is_alphanumeric() && c != '_').any(|word| word == name);
+    if names("rheap_reset") {
+        Some(c"What changes state is the superuser's: GRANT EXECUTE ON FUNCTION rheap_reset(int) TO the role.")
+    } else if ["rheap_leaks", "rheap_call_sites", "rheap_contexts", "rheap_processes", "rheap_report_json"]
+        .iter()
+        .any(|name| names(name))
+    {
+        Some(c"Members of pg_monitor may read it: GRANT pg_monitor TO the role.")
+    } else if message.contains("\"rheap.") {
+        Some(c"Settings of rheap are the superuser's: GRANT SET ON PARAMETER to the role, or ALTER SYSTEM as a superuser.")
+    } else {
+        None
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::hint;
+
+    #[test]
+    fn only_messages_about_rheap_get_a_hint() {
+        assert!(hint(c"permission denied for view rheap_leaks").is_some());
+        assert!(hint(c"permission denied for function rheap_reset").is_some());
+        assert!(hint(c"permission denied to set parameter \"rheap.mode\"").is_some());
+        assert!(hint(c"permission denied for table rheap_leaks_archive").is_none());
+        assert!(hint(c"permission denied for table accounts").is_none());
+    }
+}
