@@ -12,6 +12,7 @@ pub mod ledger;
 mod load;
 mod pg_compat;
 mod process;
+mod query_ids;
 mod settings;
 pub mod share;
 mod sql;

@@ -4,7 +4,7 @@ use core::ffi::CStr;
 use once_cell::sync::OnceCell;
 use pgrx::{pg_sys, warning};
 
-use crate::{hints, hook, process, settings};
+use crate::{hints, hook, process, query_ids, settings};
 
 /// Why rheap runs without its hooks, if it does.
 static REFUSAL: OnceCell<String> = OnceCell::new();
@@ -17,9 +17,9 @@ pub fn init() {
     let startup = unsafe { pg_sys::process_shared_preload_libraries_in_progress };
     settings::define(startup);
     hints::install();
+    query_ids::install();
     // SAFETY: plain reads of the server's globals, and calls that are meant for `_PG_init`.
     let result = unsafe {
-        pg_sys::EnableQueryId();
         let cluster = startup && pg_sys::PostmasterPid == libc::getpid();
         let processes = if cluster { most_processes() } else { 1 };
         process::prepare(processes, cluster).and_then(|()| hook::install())

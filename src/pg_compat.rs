@@ -77,13 +77,38 @@ pub fn layout_fits() -> Result<(), &'static str> {
     }
 }
 
+/// Computes the id of a statement into its tree.
+///
+/// # Safety
+/// From parse analysis, with its arguments. May raise an error, as the server's own call may.
+pub unsafe fn jumble(state: *mut pg_sys::ParseState, query: *mut pg_sys::Query) -> *mut pg_sys::JumbleState {
+    // Declared here, since the bindings' wrapper costs more than a small query's id.
+    #[cfg(feature = "pg15")]
+    // SAFETY: the caller's promise.
+    unsafe {
+        unsafe extern "C-unwind" {
+            fn JumbleQuery(query: *mut pg_sys::Query, text: *const core::ffi::c_char) -> *mut pg_sys::JumbleState;
+        }
+        JumbleQuery(query, (*state).p_sourcetext)
+    }
+    #[cfg(not(feature = "pg15"))]
+    // SAFETY: the caller's promise.
+    unsafe {
+        unsafe extern "C-unwind" {
+            fn JumbleQuery(query: *mut pg_sys::Query) -> *mut pg_sys::JumbleState;
+        }
+        let _ = state;
+        JumbleQuery(query)
+    }
+}
+
 /// Reads the id of the statement that this process runs, 0 where unknown.
 #[inline]
 pub fn query_id() -> i64 {
     // SAFETY: the entry is set once per process and stays mapped; the field is a plain integer of our own process.
     unsafe {
         let entry = pg_sys::MyBEEntry;
-        if entry.is_null() { 0 } else { (&raw const (*entry).st_query_id).read_volatile() as i64 }
+        if entry.is_null() { 0 } else { (*entry).st_query_id as i64 }
     }
 }
 
@@ -118,5 +143,5 @@ pub unsafe fn kind_of(context: MemoryContext) -> Option<usize> {
 pub fn has_no_messages(backend_type: i32) -> bool {
     use pg_sys::BackendType::*;
     backend_type == crate::share::slot::POSTMASTER
-        || !matches!(backend_type as u32, B_INVALID | B_BACKEND | B_WAL_SENDER | B_AUTOVAC_WORKER)
+        || !matches!(backend_type as u32, B_INVALID | B_BACKEND | B_WAL_SENDER)
 }

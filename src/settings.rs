@@ -38,6 +38,42 @@ static MEMORY_LIMIT_KB: GucSetting<i32> = GucSetting::<i32>::new(32 * 1024);
 static MAX_CALL_SITES: GucSetting<i32> = GucSetting::<i32>::new(32_768);
 static LOG_LEAKS: GucSetting<bool> = GucSetting::<bool>::new(false);
 
+/// The settings that a process follows between statements.
+#[derive(Clone, Copy, PartialEq)]
+pub struct Followed {
+    pub mode: u32,
+    pub sample_bytes: i32,
+    /// In kB.
+    pub memory_limit: i32,
+    pub stack_depth: i32,
+    /// In ms.
+    pub walk_interval: i32,
+    pub scope_all: bool,
+}
+
+impl Followed {
+    pub const NONE: Followed = Followed {
+        mode: u32::MAX,
+        sample_bytes: 0,
+        memory_limit: 0,
+        stack_depth: 0,
+        walk_interval: 0,
+        scope_all: false,
+    };
+
+    #[inline]
+    pub fn now() -> Self {
+        Followed {
+            mode: raw(MODE.as_ptr()) as u32,
+            sample_bytes: raw(SAMPLE_BYTES.as_ptr()),
+            memory_limit: raw(MEMORY_LIMIT_KB.as_ptr()),
+            stack_depth: raw(STACK_DEPTH.as_ptr()),
+            walk_interval: raw(WALK_INTERVAL_MS.as_ptr()),
+            scope_all: scope_all(),
+        }
+    }
+}
+
 /// Reads the variable behind a setting without the thread check of `get`, which the hot path cannot afford.
 fn raw<T: Copy>(pointer: *mut T) -> T {
     // SAFETY: the variable is a static of this library that the server writes between statements of this thread.
@@ -51,9 +87,6 @@ pub fn mode() -> u32 {
 pub fn scope_all() -> bool {
     raw(SCOPE.as_ptr()) == Scope::All as i32
 }
-pub fn sample_bytes() -> u64 {
-    raw(SAMPLE_BYTES.as_ptr()) as u64
-}
 pub fn adopt_bytes() -> u64 {
     raw(ADOPT_KB.as_ptr()) as u64 * 1024
 }
@@ -65,9 +98,6 @@ pub fn min_leak_bytes() -> u64 {
 }
 pub fn stack_depth() -> usize {
     raw(STACK_DEPTH.as_ptr()) as usize
-}
-pub fn memory_limit() -> usize {
-    raw(MEMORY_LIMIT_KB.as_ptr()) as usize * 1024
 }
 pub fn max_call_sites() -> usize {
     raw(MAX_CALL_SITES.as_ptr()) as usize

@@ -1,17 +1,32 @@
 //! What the server calls in place of its own entries. Every word here runs inside somebody's palloc: no palloc, no
 //! malloc, no lock, no value with a destructor across the original call, which may raise an error and not return.
+//!
+//! The commonest case of each entry is decided in a handful of instructions, without a frame: the server's own
+//! function is jumped to, and returns to the server. Everything else goes to a function of Rust, which is told where
+//! the caller's frame is: the registers are still the caller's, so no frame of rheap's own has to be unwound.
 
 use core::ffi::{c_int, c_void};
-use pgrx::pg_sys;
+use core::mem::offset_of;
+use pgrx::pg_sys::{self, MemoryContextData};
 
-use super::tables::{self, Entries};
+use super::tables::{self, Entries, Pair, TABLES, Tables};
 use super::touch;
-use crate::pg_compat::{Alloc, Free, KIND_COUNT, MemoryContext, Realloc};
-use crate::process;
-use crate::stack::Regs;
+use crate::ledger::{Ledger, cells, filter};
+use crate::pg_compat::{Alloc, Free, KIND_COUNT, MemoryContext, Methods, Realloc};
+use crate::process::{self, PROCESS, Process};
+use crate::stack::{Regs, Stacks, callers};
 
-/// An entry that hands its arguments on, and with them where the caller's frame is: the registers are still the
-/// caller's, so no frame of rheap's own has to be unwound.
+const METHODS: usize = offset_of!(MemoryContextData, methods);
+const ORIGINAL: usize = offset_of!(Pair, original);
+const ORIGINAL_ALLOC: usize = ORIGINAL + offset_of!(Methods, alloc);
+const GAPS: usize = offset_of!(Process, ledger) + offset_of!(Ledger, cells) + offset_of!(cells::Cells, gaps);
+const FILTER: usize = offset_of!(Process, ledger) + offset_of!(Ledger, filter);
+const CALLERS: usize = offset_of!(Process, stacks) + offset_of!(Stacks, callers);
+// The entries below compute by shifts and masks.
+const _: () = assert!(callers::CALLERS == 256 && size_of::<callers::Caller>() == 16);
+const _: () = assert!(cells::CELLS.is_power_of_two() && filter::PLACES.is_power_of_two());
+
+/// An entry that hands its arguments on, and with them where the caller's frame is.
 macro_rules! with_registers {
     ($name:ident => $to:path) => {
         #[unsafe(naked)]
@@ -21,12 +36,104 @@ macro_rules! with_registers {
     };
 }
 
-with_registers!(first_touch => first_touch_from);
-with_registers!(alloc => alloc_from);
+/// The first palloc of a context of one allocator: a context whose parent is transient, and whose name is not one of
+/// those that outlived their parents before, points at its pass table from now on.
+macro_rules! first_touch {
+    ($name:ident, $kind:literal) => {
+        #[unsafe(naked)]
+        unsafe extern "C-unwind" fn $name() {
+            core::arch::naked_asm!(
+                "mov rax, [rdi + {parent}]",
+                "test rax, rax",
+                "jz 3f",
+                "mov rax, [rax + {methods}]",
+                "lea r9, [rip + {tables} + {pass}]",
+                "sub rax, r9",
+                "cmp rax, [rip + {tables} + {span}]",
+                "jae 3f",
+                "mov r10, [rdi + {context_name}]",
+                "mov eax, r10d",
+                "and eax, {learned_mask}",
+                "lea r11, [rip + {tables} + {learned}]",
+                "cmp [r11 + rax * 8], r10",
+                "je 3f",
+                "lea rax, [r9 + {pair}]",
+                "mov [rdi + {methods}], rax",
+                "jmp [rax + {original_alloc}]",
+                "3:",
+                "mov rcx, rsp",
+                "mov r8, rbp",
+                "jmp {slow}",
+                parent = const offset_of!(MemoryContextData, parent),
+                context_name = const offset_of!(MemoryContextData, name),
+                methods = const METHODS,
+                tables = sym TABLES,
+                pass = const offset_of!(Tables, pass),
+                span = const offset_of!(Tables, pass_span),
+                learned = const offset_of!(Tables, learned),
+                learned_mask = const tables::LEARNED - 1,
+                pair = const $kind * size_of::<Pair>(),
+                original_alloc = const ORIGINAL_ALLOC,
+                slow = sym first_touch_from,
+            )
+        }
+    };
+}
+first_touch!(first_touch_0, 0);
+first_touch!(first_touch_1, 1);
+first_touch!(first_touch_2, 2);
+#[cfg(not(any(feature = "pg15", feature = "pg16")))]
+first_touch!(first_touch_3, 3);
+
+/// An allocation in a watched context: takes it off the gap of the caller's cell, and is done if some is left.
+///
+/// The cell is that of `Callers::key`: the first return address, mixed with the second if that lies at a known place.
+#[unsafe(naked)]
+unsafe extern "C-unwind" fn alloc() {
+    core::arch::naked_asm!(
+        "mov rax, [rsp]",
+        "movzx r9d, al",
+        "shl r9d, 4",
+        "lea r10, [rip + {process} + {callers}]",
+        "cmp [r10 + r9], rax",
+        "jne 2f",
+        "mov r9, [r10 + r9 + 8]",
+        "xor rax, [rsp + r9]",
+        "2:",
+        "and eax, {cell_mask}",
+        "lea r10, [rip + {process} + {gaps}]",
+        "sub [r10 + rax * 8], rsi",
+        "jle 3f",
+        "inc qword ptr [rip + {process} + {passed}]",
+        "mov rax, [rdi + {methods}]",
+        "jmp [rax + {original_alloc}]",
+        "3:",
+        "mov rcx, rsp",
+        "mov r8, rbp",
+        "mov r9d, eax",
+        "jmp {slow}",
+        process = sym PROCESS,
+        callers = const CALLERS,
+        cell_mask = const cells::CELLS - 1,
+        gaps = const GAPS,
+        passed = const offset_of!(Process, passed),
+        methods = const METHODS,
+        original_alloc = const ORIGINAL_ALLOC,
+        slow = sym alloc_from,
+    )
+}
 
 pub static ENTRIES: Entries = Entries {
-    first_touch: first_touch as *const (),
+    first_touch: [
+        first_touch_0 as *const (),
+        first_touch_1 as *const (),
+        first_touch_2 as *const (),
+        #[cfg(not(any(feature = "pg15", feature = "pg16")))]
+        (first_touch_3 as *const ()),
+    ],
     alloc: alloc as *const (),
+    tick: tick as *const (),
+    boundary,
     reset,
     delete,
     free: FREE,
@@ -57,7 +164,13 @@ unsafe extern "C-unwind" fn first_touch_from(
     unsafe {
         touch::decide(context);
         match tables::table_of(context) {
-            tables::Table::Watch => alloc_from(context, size, flags, sp, bp),
+            tables::Table::Watch => {
+                let chunk = original_alloc(context, size, flags);
+                if !chunk.is_null() {
+                    process::allocated_unspent(context, chunk as u64, size as u64, Regs { sp, bp });
+                }
+                chunk
+            }
             tables::Table::Pass => original_alloc(context, size, flags),
             // Somebody copied a base table after us and points contexts at the copy.
             tables::Table::Base | tables::Table::Foreign => {
@@ -75,23 +188,45 @@ unsafe extern "C-unwind" fn alloc_from(
     flags: c_int,
     sp: u64,
     bp: u64,
+    cell: u32,
 ) -> *mut c_void {
     // SAFETY: the server calls with a live context on a watch table. Up to 16 NULL means out of memory.
     unsafe {
         let chunk = original_alloc(context, size, flags);
         if !chunk.is_null() {
-            process::allocated(context, chunk as u64, size as u64, Regs { sp, bp });
+            process::allocated(context, chunk as u64, size as u64, Regs { sp, bp }, cell as u16);
         }
         chunk
     }
 }
 
+/// A palloc in a context that passes, after the timer has armed the pass tables.
+unsafe extern "C-unwind" fn tick(context: MemoryContext, size: usize, flags: c_int) -> *mut c_void {
+    // SAFETY: the server calls with a live context on a pass table; at the exit of a palloc the tree is consistent.
+    unsafe {
+        tables::disarm();
+        let chunk = original_alloc(context, size, flags);
+        process::tick();
+        chunk
+    }
+}
+
+unsafe extern "C-unwind" fn boundary(context: MemoryContext) {
+    // SAFETY: the server calls with MessageContext, on its boundary table.
+    unsafe {
+        let original = tables::original_of(context).reset.unwrap_unchecked();
+        original(context);
+        process::message_done();
+    }
+}
+
 unsafe extern "C-unwind" fn reset(context: MemoryContext) {
-    // SAFETY: the server calls with a live context on a watch or boundary table.
+    // SAFETY: the server calls with a live context on a watch table.
     unsafe {
         let original = tables::original_of(context).reset.unwrap_unchecked();
         process::context_reset(context);
         original(context);
+        // With scope `all` it is watched like any other.
         if context == pg_sys::MessageContext {
             process::message_done();
         }
@@ -115,7 +250,29 @@ mod dispatch {
     pub const FREE: [Free; KIND_COUNT] = [free; KIND_COUNT];
     pub const REALLOC: [*const (); KIND_COUNT] = [realloc as *const (); KIND_COUNT];
 
+    /// The free of a chunk in a watched context: done if the filter says that nobody follows it.
+    #[unsafe(naked)]
     unsafe extern "C-unwind" fn free(context: MemoryContext, chunk: *mut c_void) {
+        core::arch::naked_asm!(
+            "mov rax, rsi",
+            "shr rax, {alignment}",
+            "and eax, {mask}",
+            "lea r9, [rip + {process} + {filter}]",
+            "cmp byte ptr [r9 + rax], 0",
+            "jne {slow}",
+            "mov rax, [rdi + {methods}]",
+            "jmp [rax + {original_free}]",
+            alignment = const filter::ALIGNMENT,
+            mask = const filter::PLACES - 1,
+            process = sym PROCESS,
+            filter = const FILTER,
+            methods = const METHODS,
+            original_free = const ORIGINAL + offset_of!(Methods, free_p),
+            slow = sym free_followed,
+        )
+    }
+
+    unsafe extern "C-unwind" fn free_followed(context: MemoryContext, chunk: *mut c_void) {
         // SAFETY: the server calls with a live context on a watch table and a chunk of it.
         unsafe {
             let original: Free = tables::original_of(context).free_p.unwrap_unchecked();
@@ -150,11 +307,32 @@ mod dispatch {
     // Which allocator a chunk belongs to is in its header; the base table that the server found through it is
     // known to the entry by its name alone.
     macro_rules! entries {
-        ($($kind:literal $free:ident $realloc:ident $realloc_from:ident),*) => {
+        ($($kind:literal $free:ident $free_followed:ident $realloc:ident $realloc_from:ident),*) => {
             $(
+                /// The free of any chunk of this allocator: done if the filter says that nobody follows it.
+                #[unsafe(naked)]
                 unsafe extern "C-unwind" fn $free(chunk: *mut c_void) {
-                    // SAFETY: the server calls with a chunk of this allocator. Whether anybody watches it, the
-                    // ledger knows: a chunk without a record has nothing to end.
+                    core::arch::naked_asm!(
+                        "mov rax, rdi",
+                        "shr rax, {alignment}",
+                        "and eax, {mask}",
+                        "lea rcx, [rip + {process} + {filter}]",
+                        "cmp byte ptr [rcx + rax], 0",
+                        "jne {slow}",
+                        "jmp [rip + {tables} + {original_free}]",
+                        alignment = const filter::ALIGNMENT,
+                        mask = const filter::PLACES - 1,
+                        process = sym PROCESS,
+                        filter = const FILTER,
+                        tables = sym TABLES,
+                        original_free = const offset_of!(Tables, original) + $kind * size_of::<Methods>()
+                            + offset_of!(Methods, free_p),
+                        slow = sym $free_followed,
+                    )
+                }
+                unsafe extern "C-unwind" fn $free_followed(chunk: *mut c_void) {
+                    // SAFETY: the server calls with a chunk of this allocator. Whether anybody follows it, the
+                    // ledger knows.
                     unsafe {
                         process::freed(chunk as u64);
                         let original: Free = tables::original($kind).free_p.unwrap_unchecked();
@@ -178,7 +356,11 @@ mod dispatch {
             )*
         };
     }
-    entries!(0 free_0 realloc_0 realloc_0_from, 1 free_1 realloc_1 realloc_1_from, 2 free_2 realloc_2 realloc_2_from);
+    entries!(
+        0 free_0 free_followed_0 realloc_0 realloc_0_from,
+        1 free_1 free_followed_1 realloc_1 realloc_1_from,
+        2 free_2 free_followed_2 realloc_2 realloc_2_from
+    );
 
     // Bump has no free and no realloc to replace: its places repeat the last and are not used.
     pub const FREE: [Free; KIND_COUNT] = {

@@ -8,9 +8,10 @@
 mod entry;
 mod selfcheck;
 mod tables;
+pub mod tick;
 mod touch;
 
-pub use tables::{Table, is_hooked, table_of, watch};
+pub use tables::{Table, ask_about_all, is_hooked, learn, table_of, watch};
 pub use touch::long_lived;
 
 use crate::pg_compat::{self, MemoryContext};
@@ -27,6 +28,7 @@ pub unsafe fn install() -> Result<(), String> {
         let bases = pg_compat::base_tables();
         selfcheck::check(&bases)?;
         tables::patch(bases, &entry::ENTRIES)?;
+        tick::install();
         each_context(|context, _| {
             touch::decide(context);
             true

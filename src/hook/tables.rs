@@ -14,20 +14,32 @@ pub struct Pair {
     pub original: Methods,
 }
 
-struct Tables {
+/// Names of contexts, as the server's pointers to them, that outlived their transient parent before.
+pub const LEARNED: usize = 64;
+
+#[repr(C)]
+pub struct Tables {
+    /// Bytes of the pass tables, behind `pass`: a context whose parent points in there is transient, without
+    /// further questions. 0 when such questions must be asked.
+    pub pass_span: usize,
+    /// By the low bits of the pointer.
+    pub learned: [*const core::ffi::c_char; LEARNED],
+    tick: *const (),
     base: [*mut Methods; KIND_COUNT],
     /// What the base tables held before the patch.
-    original: [Methods; KIND_COUNT],
+    pub original: [Methods; KIND_COUNT],
     /// The last is for MessageContext: an AllocSet's, but its reset is noticed.
-    pass: [Pair; KIND_COUNT + 1],
+    pub pass: [Pair; KIND_COUNT + 1],
     watch: [Pair; KIND_COUNT],
     installed: bool,
 }
 
-struct Global(UnsafeCell<std::mem::MaybeUninit<Tables>>);
-// SAFETY: written once by `patch`, in the single thread of a server process; read-only afterwards.
+#[repr(transparent)]
+pub struct Global(UnsafeCell<std::mem::MaybeUninit<Tables>>);
+// SAFETY: written by `patch`, `learn` and `ask_about_all`, in the single thread of a server process.
 unsafe impl Sync for Global {}
-static TABLES: Global = Global(UnsafeCell::new(std::mem::MaybeUninit::zeroed()));
+/// Named for the hook's entries, which decide the commonest case by themselves.
+pub static TABLES: Global = Global(UnsafeCell::new(std::mem::MaybeUninit::zeroed()));
 
 #[inline]
 fn tables() -> &'static Tables {
@@ -37,8 +49,12 @@ fn tables() -> &'static Tables {
 
 /// What the hooks put into the tables, by allocator where the entry must know it.
 pub struct Entries {
-    pub first_touch: *const (),
+    pub first_touch: [*const (); KIND_COUNT],
     pub alloc: *const (),
+    /// Met once by the next palloc in a context that passes, after `arm`.
+    pub tick: *const (),
+    /// For MessageContext.
+    pub boundary: unsafe extern "C-unwind" fn(MemoryContext),
     pub reset: unsafe extern "C-unwind" fn(MemoryContext),
     pub delete: unsafe extern "C-unwind" fn(MemoryContext),
     pub free: [Free; KIND_COUNT],
@@ -64,6 +80,7 @@ pub unsafe fn patch(bases: [*mut Methods; KIND_COUNT], entries: &Entries) -> Res
         unsafe { std::mem::transmute_copy(&p) }
     };
     tables.base = bases;
+    tables.tick = entries.tick;
     for (kind, base) in bases.into_iter().enumerate() {
         // SAFETY: the caller's promise.
         let original = unsafe { *base };
@@ -80,7 +97,8 @@ pub unsafe fn patch(bases: [*mut Methods; KIND_COUNT], entries: &Entries) -> Res
         tables.watch[kind] = Pair { active: watch, original };
     }
     tables.pass[KIND_COUNT] = tables.pass[0];
-    tables.pass[KIND_COUNT].active.reset = Some(entries.reset);
+    tables.pass[KIND_COUNT].active.reset = Some(entries.boundary);
+    tables.pass_span = size_of_val(&tables.pass);
 
     // All pages first, so that a refusal leaves every table as it was.
     for base in bases {
@@ -90,7 +108,7 @@ pub unsafe fn patch(bases: [*mut Methods; KIND_COUNT], entries: &Entries) -> Res
         // SAFETY: the page is writable now; each store is one aligned pointer, so a signal handler that pallocs
         // meets either the old or the new entry.
         unsafe {
-            ptr::addr_of_mut!((*base).alloc).write_volatile(as_alloc(entries.first_touch));
+            ptr::addr_of_mut!((*base).alloc).write_volatile(as_alloc(entries.first_touch[kind]));
             // Bump has neither: its entries only raise an error.
             if DISPATCH_BY_CHUNK && kind < 3 {
                 ptr::addr_of_mut!((*base).free_p).write_volatile(Some(entries.free[kind]));
@@ -143,6 +161,52 @@ pub enum Table {
     Watch,
     /// Not one of ours: somebody else's hook. Left alone.
     Foreign,
+}
+
+/// Whether first touch must look at every context by itself: none is transient for its parent's sake.
+pub fn ask_about_all(all: bool) {
+    // SAFETY: the server's thread; the hook's entries only read it.
+    let tables = unsafe { (*TABLES.0.get()).assume_init_mut() };
+    tables.pass_span = if all { 0 } else { size_of_val(&tables.pass) };
+}
+
+/// Puts the tick into the pass tables, or takes it out again.
+fn set_pass_alloc(armed: bool) {
+    let tables = TABLES.0.get().cast::<Tables>();
+    for kind in 0..=KIND_COUNT {
+        // SAFETY: `patch` has filled the tables. Each store is one aligned pointer, so that a palloc in progress meets
+        // the one or the other; nothing else reads the entry.
+        unsafe {
+            let pair = ptr::addr_of_mut!((*tables).pass[kind]);
+            let alloc = if armed { std::mem::transmute_copy(&(*tables).tick) } else { (*pair).original.alloc };
+            ptr::addr_of_mut!((*pair).active.alloc).write_volatile(alloc);
+        }
+    }
+}
+
+/// The next palloc in a context that passes is a tick. Safe in a signal handler.
+pub fn arm() {
+    set_pass_alloc(true);
+}
+
+/// Contexts that pass are left alone again.
+pub fn disarm() {
+    set_pass_alloc(false);
+}
+
+/// From now on contexts of this name are watched from birth. Of two names that fall into one place the first stays.
+pub fn learn(name: *const core::ffi::c_char) {
+    // SAFETY: as for `ask_about_all`.
+    let place = unsafe { &mut (*TABLES.0.get()).assume_init_mut().learned[name as usize % LEARNED] };
+    if place.is_null() {
+        *place = name;
+    }
+}
+
+/// Whether contexts of this name outlived their transient parent before.
+#[inline]
+pub fn is_learned(name: *const core::ffi::c_char) -> bool {
+    !name.is_null() && tables().learned[name as usize % LEARNED] == name
 }
 
 /// Which table a context points at.

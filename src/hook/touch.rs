@@ -63,30 +63,16 @@ pub unsafe fn long_lived(context: MemoryContext) -> bool {
 ///
 /// # Safety
 /// A live context in a consistent tree.
-#[inline]
 pub unsafe fn decide(context: MemoryContext) {
-    // SAFETY: the caller's promise. None of the transient roots has a transient parent, so that for nearly all
-    // contexts one look at the parent is enough.
-    unsafe {
-        let parent = (*context).parent;
-        if !parent.is_null() && tables::table_of(parent) == Table::Pass && !settings::scope_all() {
-            tables::pass(context, false);
-        } else {
-            decide_by_tree(context);
-        }
-    }
-}
-
-/// # Safety
-/// As for `decide`.
-#[cold]
-unsafe fn decide_by_tree(context: MemoryContext) {
     // SAFETY: the caller's promise.
     unsafe {
         if tables::table_of(context) != Table::Base {
             return;
         }
-        let transient = if settings::scope_all() { context == pg_sys::ErrorContext } else { is_transient(context) };
+        let transient = match () {
+            _ if settings::scope_all() => context == pg_sys::ErrorContext,
+            _ => is_transient(context) && !tables::is_learned((*context).name),
+        };
         if transient {
             tables::pass(context, context == pg_sys::MessageContext);
         } else {

@@ -1,141 +1,83 @@
 //! What is alive: a record per followed chunk, an account per call site, a list of chunks per context.
 //!
+//! A chunk is *pending* first: if it is freed within its statement, as nearly all are, it never gets a record. What
+//! is pending is in no account yet; `flush` puts it there.
+//!
 //! Pure logic. It knows addresses as numbers, stacks and context paths as ids, and takes no memory but its own
 //! bounded mappings, so it may run inside any palloc.
 
 pub mod account;
+pub mod cells;
+pub mod filter;
+mod entries;
+mod pending;
 pub mod region;
 pub mod sampling;
 pub mod table;
 
 use account::{Site, Stamp};
+use cells::Cells;
+use entries::{Context, Record, SiteKey};
+use filter::Filter;
+use pending::{Chunk, Pending};
 use region::Budget;
-use sampling::{ONE, Rate, Rng};
-use table::{Entry, Table};
+use sampling::{ONE, Rate, Rates, Rng};
+use table::Table;
 
 /// Where the accounts lie: in shared memory for a server process, in a vector for a test.
 pub trait Sites {
     fn site(&self, id: u32) -> &Site;
 }
 
-/// A chunk that is followed until it is freed or its context is reset or deleted.
-#[derive(Clone, Copy, Default)]
-#[repr(C)]
-struct Record {
-    address: u64,
-    /// Requested bytes in the low 56 bits, index of the sampling rate in the high 8.
-    size_level: u64,
-    site: u32,
-    context: u32,
-    epoch: u32,
-    /// Neighbours in the list of the context, 0 at the ends.
-    previous: u32,
-    next: u32,
-    chain: u32,
-}
-
-impl Record {
-    fn size(&self) -> u64 {
-        self.size_level & ((1 << 56) - 1)
-    }
-
-    fn level(&self) -> usize {
-        (self.size_level >> 56) as usize
-    }
-}
-
-impl Entry for Record {
-    fn key(&self) -> u64 {
-        self.address
-    }
-    fn chain(&self) -> u32 {
-        self.chain
-    }
-    fn set_chain(&mut self, next: u32) {
-        self.chain = next;
-    }
-}
-
-/// A context that holds records, or held some since it was made.
-#[derive(Clone, Copy, Default)]
-struct Context {
-    address: u64,
-    /// Of live records, as they stand: neither scaled nor rounded.
-    bytes: u64,
-    path: u32,
-    records: u32,
-    head: u32,
-    chain: u32,
-}
-
-impl Entry for Context {
-    fn key(&self) -> u64 {
-        self.address
-    }
-    fn chain(&self) -> u32 {
-        self.chain
-    }
-    fn set_chain(&mut self, next: u32) {
-        self.chain = next;
-    }
-}
-
-/// From (stack, path) to the id of the account.
-#[derive(Clone, Copy, Default)]
-struct SiteKey {
-    stack_path: u64,
-    site: u32,
-    chain: u32,
-}
-
-impl Entry for SiteKey {
-    fn key(&self) -> u64 {
-        self.stack_path
-    }
-    fn chain(&self) -> u32 {
-        self.chain
-    }
-    fn set_chain(&mut self, next: u32) {
-        self.chain = next;
-    }
-}
-
 fn site_key(stack: u32, path: u32) -> u64 {
     (stack as u64) << 32 | path as u64
 }
 
-/// What to do with an allocation.
+/// What to do with an allocation that its cell asks about.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum Decision {
-    /// Nothing: it is between two samples.
+    /// Nothing.
     Skip,
     /// Count it at its site, without a record.
     Count,
-    /// Count it and follow it.
-    Record,
+    /// Count it and follow it; with the level of its sampling rate.
+    Record(u8),
 }
 
-/// At most this many distinct rates in the life of a process; a settings change beyond it keeps the last one.
-const LEVELS: usize = 200;
+/// Which allocations are followed.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Precision {
+    /// None; yet each may still be asked for, so that the process notices when that changes.
+    None { ask: bool },
+    /// All, as long as there is memory; past it all are counted and a sample is followed.
+    Exact,
+    /// A sample of where it would cost to follow all; see [`cells`].
+    Sampled(Rate),
+    /// A sample everywhere.
+    SampledAtOnce(Rate),
+}
 
 pub struct Ledger {
     budget: Budget,
     records: Table<Record>,
     contexts: Table<Context>,
     sites: Table<SiteKey>,
-    rates: [Rate; LEVELS],
-    levels: usize,
-    /// Index into `rates` for new records.
-    level: usize,
-    /// The rate that the mode asks for: 0 in exact mode.
-    base: Rate,
-    gap: i64,
+    pub cells: Cells,
+    pub filter: Filter,
+    pending: Pending,
+    precision: Precision,
+    rates: Rates,
     rng: Rng,
+    /// In exact mode past the memory: level of new records, and bytes until the next.
+    level: u8,
+    gap: i64,
     /// Records given up because the budget was exhausted.
     dropped: u64,
     /// Bytes that all accounts together hold, in the fixed point of the accounts.
     held: u64,
     last_context: u32,
+    /// Grows whenever a context's id or path ceases to hold.
+    context_changes: u32,
 }
 
 impl Ledger {
@@ -146,15 +88,18 @@ impl Ledger {
             records: Table::new(),
             contexts: Table::new(),
             sites: Table::new(),
-            rates: [0; LEVELS],
-            levels: 1,
-            level: 0,
-            base: 0,
-            gap: 0,
+            cells: Cells::new(),
+            filter: Filter::new(),
+            pending: Pending::new(),
+            precision: Precision::Exact,
+            rates: Rates::new(),
             rng: Rng::new(seed),
+            level: 0,
+            gap: 0,
             dropped: 0,
             held: 0,
             last_context: 0,
+            context_changes: 0,
         }
     }
 
@@ -181,23 +126,37 @@ impl Ledger {
         self.records.count()
     }
 
+    /// What was learned of a context holds as long as this stays the same.
+    #[inline]
+    pub fn context_changes(&self) -> u32 {
+        self.context_changes
+    }
+
     /// A smaller limit takes effect on the next growth: what is mapped stays until the ledger is cleared.
     pub fn set_limit(&mut self, limit: usize) {
         self.budget.limit = limit;
     }
 
-    /// The mode's rate, 0 for exact. Records keep the rate they were made with.
-    pub fn set_base(&mut self, rate: Rate) {
-        if self.base != rate {
-            self.base = rate;
-            self.use_rate(rate);
+    /// Records keep the rate they were made with.
+    pub fn set_precision(&mut self, precision: Precision) {
+        self.precision = precision;
+        (self.level, self.gap) = (0, 0);
+        match precision {
+            Precision::None { ask: false } => self.cells.none(),
+            Precision::None { ask: true } | Precision::Exact => self.cells.all(),
+            Precision::Sampled(rate) => self.cells.sampled(rate),
+            Precision::SampledAtOnce(rate) => self.cells.sampled_at_once(rate, &mut self.rates, &mut self.rng),
         }
     }
 
-    /// Returns to the mode's own rate when the memory allows it again.
+    pub fn precision(&self) -> Precision {
+        self.precision
+    }
+
+    /// Returns to the mode's own precision when the memory allows it again.
     pub fn relax(&mut self) {
-        if self.rates[self.level] != self.base && self.budget.used - self.spare() < self.budget.limit / 4 {
-            self.use_rate(self.base);
+        if (self.level != 0 || self.cells.floor() != 0) && self.budget.used - self.spare() < self.budget.limit / 4 {
+            self.set_precision(self.precision);
         }
     }
 
@@ -205,31 +164,36 @@ impl Ledger {
         (self.records.high() as usize - self.records.count()) * size_of::<Record>()
     }
 
-    fn use_rate(&mut self, rate: Rate) {
-        self.level = match self.rates[..self.levels].iter().position(|&r| r == rate) {
-            Some(level) => level,
-            None if self.levels < LEVELS => {
-                self.rates[self.levels] = rate;
-                self.levels += 1;
-                self.levels - 1
-            }
-            None => self.level,
-        };
-        self.gap = self.rng.gap(self.rates[self.level]);
+    /// Takes an allocation off its cell's gap; true when that is used up. The hook's entry does the same by itself.
+    #[inline]
+    pub fn spend(&mut self, cell: u16, size: u64) -> bool {
+        let gap = &mut self.cells.gaps[cell as usize % cells::CELLS];
+        *gap = gap.wrapping_sub(size as i64);
+        *gap <= 0
     }
 
-    /// Whether an allocation of this size gets a record. To be asked once for each allocation.
+    /// What to do with an allocation that has used up its cell's gap. To be asked once for each.
     #[inline]
-    pub fn decide(&mut self, size: u64) -> Decision {
-        if self.level == 0 {
-            return Decision::Record;
+    pub fn ask(&mut self, cell: u16, size: u64, epoch: u32, sites: &impl Sites) -> Decision {
+        if self.precision == Precision::Exact {
+            if self.level == 0 {
+                return Decision::Record(0);
+            }
+            self.gap -= size.max(1) as i64;
+            if self.gap > 0 {
+                return Decision::Count;
+            }
+            self.gap = self.rates.gap(self.level, &mut self.rng);
+            return Decision::Record(self.level);
         }
-        self.gap -= size.max(1) as i64;
-        if self.gap > 0 {
-            return if self.base == 0 { Decision::Count } else { Decision::Skip };
+        if let Precision::None { .. } = self.precision {
+            return Decision::Skip;
         }
-        self.gap = self.rng.gap(self.rates[self.level]);
-        Decision::Record
+        let (level, turned) = self.cells.ask(cell, epoch, &mut self.rates, &mut self.rng);
+        if turned {
+            self.each_site_of(|key| key.cell == cell, |site| sites.site(site).set_inexact());
+        }
+        Decision::Record(level)
     }
 
     /// Id of a context, or 0 if it has none yet.
@@ -269,43 +233,123 @@ impl Ledger {
         }
     }
 
-    /// Remembers the account of a stack and a path. False when there is no memory for it.
-    pub fn add_site(&mut self, stack: u32, path: u32, site: u32) -> bool {
-        let key = SiteKey { stack_path: site_key(stack, path), site, chain: 0 };
+    /// Remembers the account of a stack and a path, whose allocations come through `cell`. False when there is no
+    /// memory for it.
+    pub fn add_site(&mut self, stack: u32, path: u32, site: u32, cell: u16, sites: &impl Sites) -> bool {
+        if self.cells.is_sampled(cell) {
+            sites.site(site).set_inexact();
+        }
+        let key = SiteKey { stack_path: site_key(stack, path), site, cell, chain: 0 };
         self.sites.insert(key, &mut self.budget) != 0
     }
 
+    /// The cell of an account, for another one of the same stack.
+    fn cell_of(&self, stack: u32, path: u32) -> u16 {
+        self.sites.get(self.sites.find(site_key(stack, path))).cell
+    }
+
     /// Calls `f` with each account.
-    pub fn each_site(&self, mut f: impl FnMut(u32)) {
+    pub fn each_site(&self, f: impl FnMut(u32)) {
+        self.each_site_of(|_| true, f);
+    }
+
+    fn each_site_of(&self, wanted: impl Fn(&SiteKey) -> bool, mut f: impl FnMut(u32)) {
         for id in 1..=self.sites.high() {
             let key = self.sites.get(id);
-            if key.stack_path != 0 {
+            if key.stack_path != 0 && wanted(key) {
                 f(key.site);
             }
         }
     }
 
-    /// Counts an allocation for which `decide` said [`Decision::Count`].
+    /// Counts an allocation for which `ask` said [`Decision::Count`].
     pub fn count(&mut self, size: u64, site: u32, stamp: Stamp, sites: &impl Sites) {
         let account = sites.site(site);
         account.count(size, ONE, stamp);
         account.set_inexact();
     }
 
-    /// Follows an allocation for which `decide` said [`Decision::Record`]. A record that the address still has is
-    /// of a chunk whose free was missed: it ends now.
-    pub fn record(&mut self, address: u64, size: u64, context: u32, site: u32, stamp: Stamp, sites: &impl Sites) {
-        self.free(address, sites);
-        let mut id = self.insert(address, size, context, site, stamp);
+    /// Follows an allocation for which `ask` said [`Decision::Record`], as pending: it is in no account before it
+    /// is freed or flushed.
+    #[inline]
+    pub fn hold(
+        &mut self,
+        address: u64,
+        size: u64,
+        context: u32,
+        site: u32,
+        cell: u16,
+        level: u8,
+        stamp: Stamp,
+        sites: &impl Sites,
+    ) {
+        let chunk = Chunk { address, size, site, context, epoch: stamp.epoch, cell, level };
+        self.filter.add(address);
+        if let Some(displaced) = self.pending.put(chunk) {
+            self.displaced(displaced, address, stamp, sites);
+        }
+    }
+
+    #[inline(never)]
+    fn displaced(&mut self, chunk: Chunk, by: u64, stamp: Stamp, sites: &impl Sites) {
+        if chunk.address == by {
+            // The address is alive again: the free of its last chunk was missed.
+            self.pair(&chunk, stamp, sites);
+        } else {
+            self.settle(chunk, stamp, sites);
+        }
+    }
+
+    /// Everything that is pending gets its record. Due when a statement has `ended`, and before anybody looks.
+    #[inline]
+    pub fn flush(&mut self, ended: bool, stamp: Stamp, sites: &impl Sites) {
+        let mut from = 0;
+        while let Some(chunk) = self.pending.next(&mut from, |_| true) {
+            if ended {
+                self.cells.kept(chunk.cell);
+            }
+            self.settle(chunk, stamp, sites);
+        }
+    }
+
+    fn settle(&mut self, chunk: Chunk, stamp: Stamp, sites: &impl Sites) {
+        let Chunk { address, size, context, site, level, epoch, .. } = chunk;
+        self.record(address, size, context, site, level, Stamp { epoch, ..stamp }, sites);
+        self.filter.remove(address);
+    }
+
+    /// A pending chunk is gone: it has been allocated and freed in one.
+    #[inline]
+    fn pair(&mut self, chunk: &Chunk, stamp: Stamp, sites: &impl Sites) {
+        self.filter.remove(chunk.address);
+        self.cells.paired(chunk.cell);
+        let weight = self.rates.weight(chunk.size, chunk.level);
+        let alloc_weight = if self.precision == Precision::Exact { ONE } else { weight };
+        sites.site(chunk.site).count(chunk.size, alloc_weight, Stamp { epoch: chunk.epoch, ..stamp });
+    }
+
+    /// Follows an allocation at once, without a time as pending. A record that the address still has is of a chunk
+    /// whose free was missed: it ends now.
+    pub fn record(
+        &mut self,
+        address: u64,
+        size: u64,
+        context: u32,
+        site: u32,
+        level: u8,
+        stamp: Stamp,
+        sites: &impl Sites,
+    ) {
+        self.free_record(address, sites);
+        let mut id = self.insert(address, size, context, site, level, stamp);
         if id == 0 {
             self.thin(sites);
-            id = self.insert(address, size, context, site, stamp);
+            id = self.insert(address, size, context, site, level, stamp);
         }
-        let rate = self.rates[self.level];
-        let weight = sampling::weight(size, rate);
-        let alloc_weight = if self.base == 0 { ONE } else { weight };
+        let weight = self.rates.weight(size, level);
+        let alloc_weight = if self.precision == Precision::Exact { ONE } else { weight };
         let account = sites.site(site);
-        if rate != 0 {
+        if level != 0 {
             account.set_inexact();
         }
         if id == 0 {
@@ -314,15 +358,16 @@ impl Ledger {
             account.set_inexact();
             return;
         }
+        self.filter.add(address);
         self.held = self.held.wrapping_add(weight * size);
         account.record(size, alloc_weight, weight, stamp);
     }
 
-    fn insert(&mut self, address: u64, size: u64, context: u32, site: u32, stamp: Stamp) -> u32 {
+    fn insert(&mut self, address: u64, size: u64, context: u32, site: u32, level: u8, stamp: Stamp) -> u32 {
         let head = self.contexts.get(context).head;
         let record = Record {
             address,
-            size_level: size & ((1 << 56) - 1) | (self.level as u64) << 56,
+            size_level: size & ((1 << 56) - 1) | (level as u64) << 56,
             site,
             context,
             epoch: stamp.epoch,
@@ -362,20 +407,29 @@ impl Ledger {
     }
 
     fn live_weight(&self, record: &Record) -> u64 {
-        sampling::weight(record.size(), self.rates[record.level()])
+        self.rates.weight(record.size(), record.level())
     }
 
     #[inline(never)]
     fn end(&mut self, id: u32, sites: &impl Sites) {
         let record = self.take(id);
+        self.filter.remove(record.address);
         let weight = self.live_weight(&record);
         self.held = self.held.wrapping_sub(weight * record.size());
         sites.site(record.site).end(record.size(), weight, record.epoch);
     }
 
-    /// Ends the record of a chunk. False when it has none: it was not sampled, or is older than rheap.
+    /// Ends a chunk. False when nobody follows it: it was not sampled, or is older than rheap.
     #[inline]
-    pub fn free(&mut self, address: u64, sites: &impl Sites) -> bool {
+    pub fn free(&mut self, address: u64, stamp: Stamp, sites: &impl Sites) -> bool {
+        if let Some(&chunk) = self.pending.take(address) {
+            self.pair(&chunk, stamp, sites);
+            return true;
+        }
+        self.free_record(address, sites)
+    }
+
+    fn free_record(&mut self, address: u64, sites: &impl Sites) -> bool {
         let id = self.records.find(address);
         if id == 0 {
             return false;
@@ -384,13 +438,17 @@ impl Ledger {
         true
     }
 
-    /// Everything in the context is gone. Returns the number of records that ended.
-    pub fn reset(&mut self, address: u64, sites: &impl Sites) -> u32 {
+    /// Everything in the context is gone. Returns the number of followed chunks that ended.
+    pub fn reset(&mut self, address: u64, stamp: Stamp, sites: &impl Sites) -> u32 {
         let context = self.contexts.find(address);
         if context == 0 {
             return 0;
         }
-        let mut ended = 0;
+        let (mut ended, mut from) = (0, 0);
+        while let Some(chunk) = self.pending.next(&mut from, |c| c.context == context) {
+            self.pair(&chunk, stamp, sites);
+            ended += 1;
+        }
         while self.contexts.get(context).head != 0 {
             self.end(self.contexts.get(context).head, sites);
             ended += 1;
@@ -399,35 +457,40 @@ impl Ledger {
     }
 
     /// The context is gone; its header may be another context tomorrow.
-    pub fn delete(&mut self, address: u64, sites: &impl Sites) -> u32 {
-        let ended = self.reset(address, sites);
+    pub fn delete(&mut self, address: u64, stamp: Stamp, sites: &impl Sites) -> u32 {
+        let ended = self.reset(address, stamp, sites);
         let context = self.contexts.find(address);
         if context != 0 {
             self.contexts.remove(context, Context::default());
             self.last_context = 0;
+            self.context_changes = self.context_changes.wrapping_add(1);
         }
         ended
     }
 
     /// The context lies under another parent now: what it holds moves to the accounts of the new path.
-    /// `open` finds or makes the account of a stack and a path; None leaves a record where it is.
+    /// `open` finds or makes the account of a stack, a path and a cell; None leaves a record where it is. Nothing
+    /// may be pending.
     pub fn reparent(
         &mut self,
         address: u64,
         path: u32,
         sites: &impl Sites,
-        mut open: impl FnMut(&mut Self, u32, u32) -> Option<u32>,
+        mut open: impl FnMut(&mut Self, u32, u32, u16) -> Option<u32>,
     ) {
+        debug_assert!(self.pending.is_empty());
         let context = self.contexts.find(address);
         if context == 0 || self.contexts.get(context).path == path {
             return;
         }
-        self.contexts.get_mut(context).path = path;
+        let old_path = std::mem::replace(&mut self.contexts.get_mut(context).path, path);
+        self.context_changes = self.context_changes.wrapping_add(1);
         let mut id = self.contexts.get(context).head;
         while id != 0 {
             let record = *self.records.get(id);
             let from = sites.site(record.site);
-            if let Some(site) = open(self, from.stack(), path) {
+            let cell = self.cell_of(from.stack(), old_path);
+            if let Some(site) = open(self, from.stack(), path, cell) {
                 from.hand_over(sites.site(site), record.size(), self.live_weight(&record), record.epoch);
                 self.records.get_mut(id).site = site;
             }
@@ -450,21 +513,29 @@ impl Ledger {
             .fold(0, u64::saturating_add);
         let mean = (bytes / live).max(1);
         // About half of the records of mean size survive the first time, and half of those the next time.
-        let rate = (self.rates[self.level].max(mean * 3 / 4) * 2).max(2);
-        self.use_rate(rate);
-        if self.rates[self.level] != rate {
+        let before = self.rates.rate(self.level).max(self.cells.floor());
+        let level = self.rates.level((before.max(mean * 3 / 4) * 2).max(2));
+        let rate = self.rates.rate(level);
+        if rate <= before {
             return;
+        }
+        if self.precision == Precision::Exact {
+            self.level = level;
+            self.gap = self.rates.gap(level, &mut self.rng);
+        } else {
+            self.cells.raise_floor(rate, &mut self.rates, &mut self.rng);
+            self.each_site(|site| sites.site(site).set_inexact());
         }
         for id in 1..=self.records.high() {
             let record = *self.records.get(id);
-            if record.address == 0 || self.rates[record.level()] >= rate {
+            let old = self.rates.rate(record.level());
+            if record.address == 0 || old >= rate {
                 continue;
             }
-            let old = self.rates[record.level()];
             let keep = sampling::probability(record.size(), rate) / sampling::probability(record.size(), old);
             if self.rng.unit() <= keep {
                 let (old, new) = (self.live_weight(&record), sampling::weight(record.size(), rate));
-                self.records.get_mut(id).size_level = record.size() | (self.level as u64) << 56;
+                self.records.get_mut(id).size_level = record.size() | (level as u64) << 56;
                 self.held = self.held.wrapping_add((new - old) * record.size());
                 sites.site(record.site).reweigh(record.size(), old, new);
             } else {
@@ -480,10 +551,15 @@ impl Ledger {
         self.records.clear(&mut self.budget);
         self.contexts.clear(&mut self.budget);
         self.sites.clear(&mut self.budget);
+        self.pending.clear();
+        self.filter.clear();
         self.last_context = 0;
+        self.context_changes = self.context_changes.wrapping_add(1);
         self.held = 0;
         self.dropped = 0;
-        self.use_rate(self.base);
+        if self.precision != Precision::Exact || self.level != 0 {
+            self.set_precision(self.precision);
+        }
     }
 }
 

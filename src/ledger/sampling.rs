@@ -29,7 +29,7 @@ impl Rng {
         Rng(seed ^ 0x9E37_79B9_7F4A_7C15 | 1)
     }
 
-    fn next(&mut self) -> u64 {
+    pub fn next(&mut self) -> u64 {
         self.0 ^= self.0 >> 12;
         self.0 ^= self.0 << 25;
         self.0 ^= self.0 >> 27;
@@ -40,13 +40,52 @@ impl Rng {
     pub fn unit(&mut self) -> f64 {
         ((self.next() >> 11) + 1) as f64 / (1u64 << 53) as f64
     }
+}
 
-    /// Bytes until the next sample: geometric with mean `rate`.
-    pub fn gap(&mut self, rate: Rate) -> i64 {
-        if rate <= 1 {
-            return 1;
+/// At most this many distinct rates in the life of a process; one beyond it becomes the last of them.
+const LEVELS: usize = 200;
+
+/// The rates that records were made with. A record keeps an index only, so that what was added with a rate is
+/// subtracted with the same.
+pub struct Rates {
+    rates: [Rate; LEVELS],
+    /// What turns ln u into a gap.
+    factors: [f64; LEVELS],
+    count: usize,
+}
+
+impl Rates {
+    /// Level 0 is exact.
+    pub const fn new() -> Self {
+        Rates { rates: [0; LEVELS], factors: [0.0; LEVELS], count: 1 }
+    }
+
+    #[inline]
+    pub fn rate(&self, level: u8) -> Rate {
+        self.rates[level as usize]
+    }
+
+    pub fn level(&mut self, rate: Rate) -> u8 {
+        if let Some(level) = self.rates[..self.count].iter().position(|&r| r == rate) {
+            return level as u8;
         }
-        let gap = (self.unit().ln() / (-1.0 / rate as f64).ln_1p()).floor() + 1.0;
+        if self.count < LEVELS {
+            self.rates[self.count] = rate;
+            self.factors[self.count] = if rate > 1 { 1.0 / (-1.0 / rate as f64).ln_1p() } else { 0.0 };
+            self.count += 1;
+        }
+        (self.count - 1) as u8
+    }
+
+    /// Bytes until the next sample: geometric with the level's rate as its mean.
+    pub fn gap(&self, level: u8, rng: &mut Rng) -> i64 {
+        let gap = (rng.unit().ln() * self.factors[level as usize]).floor() + 1.0;
         gap.min(i64::MAX as f64 / 4.0) as i64
+    }
+
+    /// How many allocations a record of this size and level stands for, in units of 1/[`ONE`].
+    #[inline]
+    pub fn weight(&self, size: u64, level: u8) -> u64 {
+        if level == 0 { ONE } else { weight(size, self.rates[level as usize]) }
     }
 }

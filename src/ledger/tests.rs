@@ -17,14 +17,18 @@ fn accounts() -> Accounts {
     Accounts((0..64).map(|_| Site::default()).collect())
 }
 
-/// Account of (stack, path) by arithmetic, opened on first use.
+/// Account of (stack, path) by arithmetic, opened on first use. Stacks have cells of their own.
 fn open(ledger: &mut Ledger, sites: &Accounts, stack: u32, path: u32) -> u32 {
     ledger.site(stack, path).unwrap_or_else(|| {
         let id = stack * 8 + path;
         sites.site(id).open(stack, path);
-        assert!(ledger.add_site(stack, path, id));
+        assert!(ledger.add_site(stack, path, id, stack as u16, sites));
         id
     })
+}
+
+fn at(epoch: u32) -> Stamp {
+    Stamp { epoch, now: epoch as i64, query_id: 0 }
 }
 
 fn alloc(
@@ -37,21 +41,23 @@ fn alloc(
     stack: u32,
     epoch: u32,
 ) {
-    let stamp = Stamp { epoch, now: epoch as i64, query_id: 0 };
-    match ledger.decide(size) {
-        Decision::Skip => (),
+    let cell = stack as u16;
+    if !ledger.spend(cell, size) {
+        return;
+    }
+    match ledger.ask(cell, size, epoch, sites) {
         Decision::Count => {
             let site = open(ledger, sites, stack, path);
-            ledger.count(size, site, stamp, sites);
+            ledger.count(size, site, at(epoch), sites);
         }
-        Decision::Record => {
+        Decision::Record(level) => {
             let mut id = ledger.context(context);
             if id == 0 {
                 id = ledger.add_context(context, path);
             }
             let path = ledger.context_path(id);
             let site = open(ledger, sites, stack, path);
-            ledger.record(address, size, id, site, stamp, sites);
+            ledger.hold(address, size, id, site, cell, level, at(epoch), sites);
         }
     }
 }
@@ -159,11 +165,12 @@ proptest! {
                 }
                 Op::Free { chunk } => {
                     let known = model.live.remove(&address(chunk)).is_some();
-                    prop_assert_eq!(ledger.free(address(chunk), &sites), known);
+                    prop_assert_eq!(ledger.free(address(chunk), at(epoch), &sites), known);
+                    prop_assert!(!known || model.live.is_empty() || model.live.keys().all(|&a| ledger.filter.may_have(a)));
                 }
                 Op::Realloc { chunk, to, size, stack } => {
                     if let Some(old) = model.live.remove(&address(chunk)) {
-                        ledger.free(address(chunk), &sites);
+                        ledger.free(address(chunk), at(epoch), &sites);
                         alloc(&mut ledger, &sites, address(to), size, old.context * 64, old.path, stack, epoch);
                         model.alloc(address(to), size, old.context, stack);
                     }
@@ -171,20 +178,25 @@ proptest! {
                 Op::Reset { context } => {
                     let before = model.live.len();
                     model.live.retain(|_, c| c.context != context);
-                    prop_assert_eq!(ledger.reset(context * 64, &sites) as usize, before - model.live.len());
+                    prop_assert_eq!(ledger.reset(context * 64, at(epoch), &sites) as usize, before - model.live.len());
                 }
                 Op::Delete { context } => {
                     model.live.retain(|_, c| c.context != context);
                     model.paths.remove(&context);
-                    ledger.delete(context * 64, &sites);
+                    ledger.delete(context * 64, at(epoch), &sites);
                 }
                 Op::Reparent { context, path } => {
                     model.reparent(context, path);
-                    ledger.reparent(context * 64, path, &sites, |l, s, p| Some(open(l, &sites, s, p)));
+                    ledger.flush(true, at(epoch), &sites);
+                    ledger.reparent(context * 64, path, &sites, |l, s, p, _| Some(open(l, &sites, s, p)));
                 }
-                Op::Work => epoch += 1,
+                Op::Work => {
+                    ledger.flush(true, at(epoch), &sites);
+                    epoch += 1;
+                }
             }
         }
+        ledger.flush(true, at(epoch), &sites);
         prop_assert_eq!(ledger.records(), model.live.len());
         prop_assert_eq!(ledger.held_bytes(), model.live.values().map(|c| c.size).sum::<u64>());
         for stack in 1..7 {
@@ -215,18 +227,18 @@ proptest! {
     ) {
         let sites = accounts();
         let mut ledger = Ledger::new(pages * 4096, 7);
-        ledger.set_base(rate);
+        ledger.set_precision(if rate == 0 { Precision::Exact } else { Precision::SampledAtOnce(rate) });
         for (i, op) in ops.into_iter().enumerate() {
             match op {
                 // Addresses of their own, so that the tiny limit is reached.
                 Op::Alloc { chunk, size, context, stack } => alloc(
                     &mut ledger, &sites, address(chunk + 1000 * i as u64), size, 64, 1, stack, context as u32),
-                Op::Reset { context: 1 } => { ledger.reset(64, &sites); }
+                Op::Reset { context: 1 } => { ledger.reset(64, at(1), &sites); }
                 _ => (),
             }
             prop_assert!(ledger.own_bytes() <= pages * 4096);
         }
-        ledger.delete(64, &sites);
+        ledger.delete(64, at(1), &sites);
         prop_assert_eq!((ledger.records(), ledger.held_bytes()), (0, 0));
         for site in &sites.0 {
             if let Some(copy) = site.copy() {
@@ -244,10 +256,11 @@ fn churn(ledger: &mut Ledger, sites: &Accounts, n: u64) -> [(u64, u64); 2] {
         alloc(ledger, sites, address(i), 120, 64, 1, 1, 1 + (i / 1000) as u32);
         alloc(ledger, sites, address(n + i), 24 + i % 500, 64, 1, 2, 1 + (i / 1000) as u32);
         if i % 2 == 0 {
-            ledger.free(address(i), sites);
+            ledger.free(address(i), at(1), sites);
         }
-        ledger.free(address(n + i), sites);
+        ledger.free(address(n + i), at(1), sites);
     }
+    ledger.flush(true, at(1), sites);
     [(n / 2, n / 2 * 120), (0, 0)]
 }
 
@@ -259,7 +272,7 @@ fn within(estimate: u64, truth: u64, relative: f64) -> bool {
 fn sampled_estimates_are_unbiased() {
     let sites = accounts();
     let mut ledger = Ledger::new(1 << 24, 42);
-    ledger.set_base(4096);
+    ledger.set_precision(Precision::Sampled(4096));
     let n = 1_000_000;
     let [(count, bytes), _] = churn(&mut ledger, &sites, n);
     let copy = sites.site(open(&mut ledger, &sites, 1, 1)).copy().unwrap();
@@ -294,6 +307,9 @@ fn an_address_that_is_allocated_again_ends_the_record_whose_free_was_missed() {
     let mut ledger = Ledger::new(1 << 22, 1);
     alloc(&mut ledger, &sites, address(1), 100, 64, 1, 1, 1);
     alloc(&mut ledger, &sites, address(1), 50, 64, 1, 2, 1);
+    ledger.flush(true, at(1), &sites);
+    alloc(&mut ledger, &sites, address(1), 50, 64, 1, 2, 2);
+    ledger.flush(true, at(2), &sites);
     assert_eq!(ledger.records(), 1);
     assert_eq!(sites.site(9).copy().map(|c| (c.live_count, c.live_bytes)), Some((0, 0)));
     assert_eq!(sites.site(17).copy().map(|c| (c.live_count, c.live_bytes)), Some((1, 50)));
@@ -304,9 +320,10 @@ fn a_recycled_header_is_a_new_context() {
     let sites = accounts();
     let mut ledger = Ledger::new(1 << 22, 1);
     alloc(&mut ledger, &sites, address(1), 100, 64, 1, 1, 1);
-    ledger.delete(64, &sites);
-    assert_eq!(ledger.reset(64, &sites), 0, "the nested reset of a deleted context finds nothing");
+    ledger.delete(64, at(1), &sites);
+    assert_eq!(ledger.reset(64, at(1), &sites), 0, "the nested reset of a deleted context finds nothing");
     alloc(&mut ledger, &sites, address(2), 10, 64, 2, 1, 1);
+    ledger.flush(true, at(1), &sites);
     let id = ledger.context(64);
     assert_eq!(ledger.context_path(id), 2);
     assert_eq!(ledger.context_holds(64), (1, 10));
@@ -321,7 +338,8 @@ fn generations_count_distinct_epochs_with_survivors() {
         alloc(&mut ledger, &sites, address(4 * epoch as u64), 8, 64, 1, 1, epoch);
         alloc(&mut ledger, &sites, address(4 * epoch as u64 + 1), 8, 64, 1, 1, epoch);
         alloc(&mut ledger, &sites, address(4 * epoch as u64 + 2), 8, 64, 1, 2, epoch);
-        ledger.free(address(4 * (epoch as u64 - 1) + 2), &sites);
+        ledger.flush(true, at(epoch), &sites);
+        ledger.free(address(4 * (epoch as u64 - 1) + 2), at(epoch), &sites);
     }
     let generations = |site: u32| sites.site(site).copy().unwrap().bins.iter().map(|b| b.1).sum::<u32>();
     assert_eq!(generations(9), 1000);
@@ -339,5 +357,6 @@ fn clearing_gives_all_memory_back() {
     ledger.clear();
     assert_eq!((ledger.own_bytes(), ledger.records()), (0, 0));
     alloc(&mut ledger, &sites, address(1), 10, 64, 1, 1, 1);
+    ledger.flush(true, at(1), &sites);
     assert_eq!(ledger.context_holds(64), (1, 10));
 }

@@ -28,6 +28,7 @@ fn refuse(code: PgSqlErrorCode, message: String, hint: &str) -> ! {
 /// The slots of one process or of all, or the ERROR that says what to do instead.
 fn slots(function: &str, pid: Option<i32>) -> (Share, Vec<(u32, &'static Slot)>) {
     let share = share();
+    crate::process::settle();
     // SAFETY: a plain system call.
     let own = unsafe { libc::getpid() };
     if !share.cluster && pid != Some(own) {

@@ -1,5 +1,7 @@
 //! From registers to a stack id: walks the stack without allocation or lock, and stores each stack once.
 
+pub mod callers;
+pub mod memory;
 pub mod modules;
 pub mod rules;
 pub mod unwind;
@@ -8,7 +10,9 @@ use crate::ledger::region::Budget;
 use crate::ledger::table::{Entry, Table};
 use crate::share::Share;
 use crate::share::dictionary;
-pub use unwind::{MAX_FRAMES, Regs, Unwinder};
+use callers::Callers;
+use memory::{Home, Memory, Remembered};
+pub use unwind::{MAX_FRAMES, Regs, Trace, Unwinder};
 
 /// Last word of a stack whose walk ended before the process's first frame.
 pub const CUT: u64 = u64::MAX;
@@ -45,54 +49,79 @@ impl Entry for Known {
 
 /// The stacks that this process has met. Valid in its children too, which have the same modules at the same places.
 pub struct Stacks {
+    pub callers: Callers,
+    memory: Memory,
     known: Table<Known>,
-    /// Return addresses of the walk at hand; kept, so that no capture has to clear it.
-    raw: [u64; MAX_FRAMES],
+    /// The walk at hand; kept, so that no capture has to clear it.
+    trace: Trace,
 }
 
 impl Stacks {
     pub const fn new() -> Self {
-        Stacks { known: Table::new(), raw: [0; MAX_FRAMES] }
+        Stacks { callers: Callers::new(), memory: Memory::new(), known: Table::new(), trace: Trace::new() }
     }
 
-    /// The id of the stack at these registers, or 0 when the dictionary is full.
+    /// The stack at these registers, if it is one of those met lately.
+    ///
+    /// # Safety
+    /// `regs` are those of a call in progress on this process's stack.
     #[inline]
-    pub fn capture(
+    pub unsafe fn recall(&mut self, regs: Regs) -> Option<&mut Remembered> {
+        // SAFETY: the caller's promise.
+        let (key, innermost) = unsafe { (self.callers.key(regs), *(regs.sp as *const u64)) };
+        self.memory.recall(regs, innermost, key)
+    }
+
+    /// Walks the stack at these registers and remembers it. Its id, or 0 when the dictionary is full; and the place
+    /// for what the ledger finds out about it, unless it is too long to be remembered.
+    ///
+    /// # Safety
+    /// As for `recall`.
+    #[inline(never)]
+    pub unsafe fn capture(
         &mut self,
         unwinder: &mut Unwinder,
         regs: Regs,
         depth: usize,
         share: &Share,
         budget: &mut Budget,
-    ) -> u32 {
-        let (frames, cut) = unwinder.walk(regs, &mut self.raw[..depth.min(MAX_FRAMES)], &share.modules);
-        let hash = dictionary::hash(&self.raw[..frames]);
-        match self.known.find(hash) {
-            0 => self.learn(unwinder, frames, cut, hash, share, budget),
-            id => self.known.get(id).stack,
+    ) -> (u32, Option<&mut Home>) {
+        unwinder.walk(regs, depth, &mut self.trace, &share.modules);
+        if self.trace.frames > 1 {
+            self.callers.learn(self.trace.addresses[0], self.trace.slots[1] - regs.sp);
         }
+        let hash = dictionary::hash(self.trace.addresses());
+        let stack = match self.known.find(hash) {
+            0 => self.learn(unwinder, hash, share, budget),
+            id => self.known.get(id).stack,
+        };
+        if stack == 0 || self.trace.frames == 0 {
+            return (stack, None);
+        }
+        // SAFETY: the caller's promise.
+        let key = unsafe { self.callers.key(regs) };
+        (stack, self.memory.learn(regs, key, &self.trace, stack).map(|r| &mut r.home))
+    }
+
+    /// What was remembered was walked by other rules.
+    pub fn forget(&mut self) {
+        self.memory.clear();
     }
 
     #[cold]
-    fn learn(
-        &mut self,
-        unwinder: &mut Unwinder,
-        mut frames: usize,
-        cut: bool,
-        hash: u64,
-        share: &Share,
-        budget: &mut Budget,
-    ) -> u32 {
-        let raw = &mut self.raw;
-        for word in &mut raw[..frames] {
-            *word = unwinder.modules.locate(*word, &share.modules).map_or(0, |(module, offset)| frame(module, offset));
+    fn learn(&mut self, unwinder: &mut Unwinder, hash: u64, share: &Share, budget: &mut Budget) -> u32 {
+        let mut words = [0; MAX_FRAMES];
+        let mut frames = self.trace.frames;
+        for (word, &address) in words.iter_mut().zip(self.trace.addresses()) {
+            *word =
+                unwinder.modules.locate(address, &share.modules).map_or(0, |(module, offset)| frame(module, offset));
         }
-        if cut {
+        if self.trace.cut {
             frames = frames.min(MAX_FRAMES - 1);
-            raw[frames] = CUT;
+            words[frames] = CUT;
             frames += 1;
         }
-        let stack = share.stacks.intern(&raw[..frames]);
+        let stack = share.stacks.intern(&words[..frames]);
         if stack != 0 {
             // Without memory for it the stack is only looked up again the slow way.
             self.known.insert(Known { hash, stack, chain: 0 }, budget);

@@ -17,7 +17,26 @@ pub struct Regs {
     pub bp: u64,
 }
 
-const RULES: usize = 4096;
+/// A walked stack: its return addresses, innermost first, and the places where they lie.
+pub struct Trace {
+    pub addresses: [u64; MAX_FRAMES],
+    pub slots: [u64; MAX_FRAMES],
+    pub frames: usize,
+    /// The walk ended before the process's first frame.
+    pub cut: bool,
+}
+
+impl Trace {
+    pub const fn new() -> Self {
+        Trace { addresses: [0; MAX_FRAMES], slots: [0; MAX_FRAMES], frames: 0, cut: true }
+    }
+
+    pub fn addresses(&self) -> &[u64] {
+        &self.addresses[..self.frames]
+    }
+}
+
+const RULES: usize = 2048;
 
 #[derive(Clone, Copy)]
 struct Cached {
@@ -77,26 +96,33 @@ impl Unwinder {
         self.fast.1 != 0
     }
 
-    /// Fills `out` with return addresses, innermost first. Returns their number and whether the walk ended before
-    /// the process's first frame.
+    /// Walks the stack at these registers into `trace`, at most `depth` frames of it.
     #[inline]
-    pub fn walk(&mut self, regs: Regs, out: &mut [u64], names: &Dictionary) -> (usize, bool) {
+    pub fn walk(&mut self, regs: Regs, depth: usize, trace: &mut Trace, names: &Dictionary) {
+        trace.frames = 0;
+        trace.cut = !self.follow(regs, depth.min(MAX_FRAMES), trace, names);
+    }
+
+    /// Whether it got to the process's first frame.
+    #[inline]
+    fn follow(&mut self, regs: Regs, depth: usize, trace: &mut Trace, names: &Dictionary) -> bool {
         let Regs { mut sp, mut bp } = regs;
         let top = self.top;
         if sp < self.lowest || sp >= top || sp % 8 != 0 {
-            return (0, true);
+            return false;
         }
+        let mut slot = sp;
         // SAFETY: sp lies in the process's stack, above the current stack pointer: mapped up to the top.
         let mut ip = unsafe { *(sp as *const u64) };
         sp += 8;
-        let mut frames = 0;
-        while frames < out.len() {
-            out[frames] = ip;
-            frames += 1;
+        while trace.frames < depth {
+            trace.addresses[trace.frames] = ip;
+            trace.slots[trace.frames] = slot;
+            trace.frames += 1;
             let (cfa, bp_at) = if ip.wrapping_sub(self.fast.0) < self.fast.1 - self.fast.0 {
                 if bp == 0 {
                     // By the ABI: the process's entry point clears the register.
-                    return (frames, false);
+                    return true;
                 }
                 (bp.wrapping_add(16), bp)
             } else {
@@ -105,8 +131,8 @@ impl Unwinder {
                     _ if cached.frame_pointers => bp.wrapping_add(16),
                     Kind::Sp => sp.wrapping_add_signed(cached.rule.cfa_offset as i64),
                     Kind::Bp => bp.wrapping_add_signed(cached.rule.cfa_offset as i64),
-                    Kind::Outermost => return (frames, false),
-                    Kind::Unknown => return (frames, true),
+                    Kind::Outermost => return true,
+                    Kind::Unknown => return false,
                 };
                 let bp_at = match cached.rule.bp_offset {
                     _ if cached.frame_pointers => bp,
@@ -117,23 +143,24 @@ impl Unwinder {
             };
             // A frame lies above the one that it called, all of it inside the stack.
             if cfa < sp + 8 || cfa > top || cfa % 8 != 0 {
-                return (frames, true);
+                return false;
             }
-            // SAFETY: sp <= cfa - 8 < top, so the slot of the return address is inside the mapped stack.
-            ip = unsafe { *((cfa - 8) as *const u64) };
+            slot = cfa - 8;
+            // SAFETY: sp <= slot < top, so the slot of the return address is inside the mapped stack.
+            ip = unsafe { *(slot as *const u64) };
             if bp_at != 0 {
-                if bp_at < sp || bp_at > cfa - 8 || bp_at % 8 != 0 {
-                    return (frames, true);
+                if bp_at < sp || bp_at > slot || bp_at % 8 != 0 {
+                    return false;
                 }
-                // SAFETY: sp <= bp_at <= cfa - 8, as for the return address.
+                // SAFETY: sp <= bp_at <= slot, as for the return address.
                 bp = unsafe { *(bp_at as *const u64) };
             }
             sp = cfa;
             if ip == 0 {
-                return (frames, false);
+                return true;
             }
         }
-        (frames, true)
+        false
     }
 
     #[inline]

@@ -1,5 +1,6 @@
 //! Reads the context tree into a bounded time series per context path.
 
+mod moved;
 pub mod path;
 
 use std::sync::atomic::Ordering::*;
@@ -13,6 +14,7 @@ use crate::process::{self, Process};
 use crate::settings::{self, Mode};
 use crate::share::row::Seen;
 use crate::share::slot::Slot;
+use moved::Moved;
 use path::DEEPEST;
 use pgrx::pg_sys;
 
@@ -50,6 +52,7 @@ pub struct Walk {
     /// Bytes alive in the ledger at the last walk.
     held: u64,
     fresh: bool,
+    pub moved: Moved,
 }
 
 /// A walk may take this part of the process's time: the next one waits for as many times its duration.
@@ -59,7 +62,7 @@ const NEWS: u64 = 1 << 20;
 
 impl Walk {
     pub const fn new() -> Self {
-        Walk { paths: Table::new(), next: 0, started: 0, earliest: 0, held: 0, fresh: false }
+        Walk { paths: Table::new(), next: 0, started: 0, earliest: 0, held: 0, fresh: false, moved: Moved::new() }
     }
 
     pub fn is_due(&self, now: i64) -> bool {
@@ -126,7 +129,9 @@ pub unsafe fn walk(process: &mut Process, slot: &Slot) {
             let path = if depth < DEEPEST { path::path_under(parent, context, &share) } else { trail[level] };
             trail[level] = path;
             let size = (*context).mem_allocated as u64;
-            if on && (hook::long_lived(context) || (size > adopt && hook::table_of(context) == MethodTable::Pass)) {
+            if on && hook::long_lived(context) {
+                moved::adopt(context);
+            } else if on && size > adopt && hook::table_of(context) == MethodTable::Pass {
                 hook::watch(context);
             }
             let is_watched = hook::table_of(context) == MethodTable::Watch;
@@ -134,8 +139,8 @@ pub unsafe fn walk(process: &mut Process, slot: &Slot) {
             if is_watched {
                 let Process { ledger, sites, slot, .. } = process;
                 let (slot, share) = (*slot, &share);
-                ledger.reparent(context as u64, path, share, |ledger, stack, path| {
-                    Process::open_site(ledger, sites, share, slot, stack, path)
+                ledger.reparent(context as u64, path, share, |ledger, stack, path, cell| {
+                    Process::open_site(ledger, sites, share, slot, stack, path, cell)
                 });
             }
             let seen = measure(context, is_watched);

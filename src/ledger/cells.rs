@@ -1,0 +1,229 @@
+//! How precisely each caller of the allocator is followed in `sampled` mode.
+//!
+//! Callers share cells by a hash of their return addresses. A cell is exact while it is cheap: for its first
+//! allocations, and for as long as it allocates no more often than the process has work. Then it is sampled, and
+//! sparsely once all that it ever allocated was freed at once: nobody looks for a leak in the lock that each
+//! statement takes and releases. The first chunk that such a cell keeps ends that.
+//!
+//! The rate changes only at moments that do not depend on the allocation at hand, so estimates stay unbiased.
+
+use super::sampling::{Rate, Rates, Rng};
+
+pub const CELLS: usize = 2048;
+
+/// Allocations that every cell has recorded before it may be sampled.
+const FIRST: u32 = 256;
+/// Recorded allocations between two judgements.
+const WINDOW: u32 = 64;
+/// What comes and goes is sampled this many powers of two more sparsely.
+const SETTLED: u32 = 4;
+
+#[derive(Clone, Copy)]
+struct Cell {
+    /// Recorded since the cell was made.
+    recorded: u32,
+    /// Of those, freed before their statement ended.
+    paired: u32,
+    /// Still held when their statement ended.
+    kept: u32,
+    /// The process's epoch at the last judgement.
+    epoch: u32,
+    /// Index of the rate by which the gap at hand was drawn; 0: exact.
+    level: u8,
+}
+
+const NEW: Cell = Cell { recorded: 0, paired: 0, kept: 0, epoch: 0, level: 0 };
+
+pub struct Cells {
+    /// Bytes that each cell may still allocate before it is asked; at or below 0 it is asked. The hook's entry
+    /// counts them down by itself.
+    pub gaps: [i64; CELLS],
+    cells: [Cell; CELLS],
+    /// The mode's own rate.
+    rate: Rate,
+    /// No cell is followed more densely than this: the memory is used up.
+    floor: Rate,
+}
+
+impl Cells {
+    pub const fn new() -> Self {
+        Cells { gaps: [0; CELLS], cells: [NEW; CELLS], rate: 0, floor: 0 }
+    }
+
+    /// Every allocation is asked for.
+    pub fn all(&mut self) {
+        self.gaps.fill(0);
+        self.cells.fill(NEW);
+        (self.rate, self.floor) = (0, 0);
+    }
+
+    /// No allocation is asked for.
+    pub fn none(&mut self) {
+        self.gaps.fill(i64::MAX);
+    }
+
+    /// Cells begin anew, exact at first.
+    pub fn sampled(&mut self, rate: Rate) {
+        self.all();
+        self.rate = rate;
+    }
+
+    /// Every cell is sampled at once: for a start, in which much is allocated that nobody calls a leak.
+    pub fn sampled_at_once(&mut self, rate: Rate, rates: &mut Rates, rng: &mut Rng) {
+        self.sampled(rate);
+        let level = rates.level(rate);
+        // A draw for each cell would cost more than the start itself.
+        let mut draws = [0; 64];
+        draws.fill_with(|| rates.gap(level, rng));
+        let shift = rng.next() as usize;
+        for (i, (gap, cell)) in self.gaps.iter_mut().zip(&mut self.cells).enumerate() {
+            *gap = draws[(i ^ shift).wrapping_add(i >> 6) % 64];
+            cell.level = level;
+        }
+    }
+
+    /// No cell shall be followed more densely than this from now on.
+    pub fn raise_floor(&mut self, floor: Rate, rates: &mut Rates, rng: &mut Rng) {
+        self.floor = floor;
+        if self.rate == 0 {
+            return;
+        }
+        for i in 0..CELLS {
+            if rates.rate(self.cells[i].level) < floor {
+                self.draw(i, floor, rates, rng);
+            }
+        }
+    }
+
+    pub fn floor(&self) -> Rate {
+        self.floor
+    }
+
+    fn draw(&mut self, cell: usize, rate: Rate, rates: &mut Rates, rng: &mut Rng) {
+        let level = rates.level(rate);
+        self.cells[cell].level = level;
+        self.gaps[cell] = if rates.rate(level) == 0 { 0 } else { rates.gap(level, rng) };
+    }
+
+    /// Whether a site of this cell may have lost allocations.
+    pub fn is_sampled(&self, cell: u16) -> bool {
+        self.cells[cell as usize].level != 0
+    }
+
+    /// An allocation whose cell's gap is used up: returns the level to record it with, and whether the cell has just
+    /// turned from exact to sampled.
+    #[inline]
+    pub fn ask(&mut self, cell: u16, epoch: u32, rates: &mut Rates, rng: &mut Rng) -> (u8, bool) {
+        let index = cell as usize % CELLS;
+        let c = &mut self.cells[index];
+        let level = c.level;
+        c.recorded += 1;
+        if level == 0 && !c.recorded.is_multiple_of(WINDOW) {
+            return (0, false);
+        }
+        let rate = self.judge(index, epoch, rates);
+        self.draw(index, rate, rates, rng);
+        (level, level == 0 && self.cells[index].level != 0)
+    }
+
+    /// The rate of a cell for what it allocates from now on.
+    fn judge(&mut self, index: usize, epoch: u32, rates: &Rates) -> Rate {
+        let c = &mut self.cells[index];
+        if c.level != 0 {
+            let rate = rates.rate(c.level);
+            return if c.kept > 0 && rate > self.rate { self.rate.max(self.floor) } else { rate };
+        }
+        let epochs = epoch.saturating_sub(std::mem::replace(&mut c.epoch, epoch));
+        let own = if c.recorded < FIRST {
+            0
+        } else if c.kept == 0 && c.paired >= c.recorded - c.recorded / 16 {
+            self.rate << SETTLED
+        } else if epochs >= WINDOW {
+            0
+        } else {
+            self.rate
+        };
+        own.max(self.floor)
+    }
+
+    /// A recorded chunk of this cell was freed at once.
+    #[inline]
+    pub fn paired(&mut self, cell: u16) {
+        self.cells[cell as usize % CELLS].paired += 1;
+    }
+
+    /// A recorded chunk of this cell outlived its statement.
+    #[inline]
+    pub fn kept(&mut self, cell: u16) {
+        self.cells[cell as usize % CELLS].kept += 1;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const RATE: Rate = 4096;
+
+    struct Bench {
+        cells: Cells,
+        rates: Rates,
+        rng: Rng,
+    }
+
+    impl Bench {
+        fn new() -> Box<Self> {
+            let mut bench = Box::new(Bench { cells: Cells::new(), rates: Rates::new(), rng: Rng::new(7) });
+            bench.cells.sampled(RATE);
+            bench
+        }
+
+        /// Allocates in cell 5 as the hook's entry would; the rate of the record, if it gets one.
+        fn alloc(&mut self, size: i64, epoch: u32) -> Option<Rate> {
+            self.cells.gaps[5] -= size;
+            if self.cells.gaps[5] > 0 {
+                return None;
+            }
+            let (level, _) = self.cells.ask(5, epoch, &mut self.rates, &mut self.rng);
+            Some(self.rates.rate(level))
+        }
+    }
+
+    #[test]
+    fn a_rare_site_stays_exact_and_a_hot_one_is_sampled() {
+        let mut rare = Bench::new();
+        assert!((1..5000).all(|epoch| {
+            let rate = rare.alloc(100, epoch);
+            rare.cells.kept(5);
+            rate == Some(0)
+        }));
+        let mut hot = Bench::new();
+        let exact = (0..5000).filter(|_| hot.alloc(100, 1) == Some(0)).count();
+        assert_eq!(exact, FIRST as usize);
+        assert!(hot.cells.is_sampled(5));
+        assert!((0..5000).any(|_| hot.alloc(100, 1) == Some(RATE)));
+    }
+
+    #[test]
+    fn what_comes_and_goes_is_sampled_sparsely_until_something_stays() {
+        let mut bench = Bench::new();
+        for epoch in 0..2000 {
+            if bench.alloc(100, epoch).is_some() {
+                bench.cells.paired(5);
+            }
+        }
+        let rates: Vec<Rate> = (0..20_000).filter_map(|e| bench.alloc(100, 2000 + e)).collect();
+        assert!(!rates.is_empty() && rates.iter().all(|&r| r == RATE << SETTLED), "{rates:?}");
+        bench.cells.kept(5);
+        let rates: Vec<Rate> = (0..20_000).filter_map(|e| bench.alloc(100, 22_000 + e)).collect();
+        assert!(rates[1..].iter().all(|&r| r == RATE), "{rates:?}");
+    }
+
+    #[test]
+    fn nothing_is_followed_more_densely_than_the_memory_allows() {
+        let mut bench = Bench::new();
+        let Bench { cells, rates, rng } = &mut *bench;
+        cells.raise_floor(1 << 20, rates, rng);
+        assert!((0..100_000).filter_map(|_| bench.alloc(100, 1)).all(|r| r == 1 << 20));
+    }
+}

@@ -1,0 +1,212 @@
+//! The life of a process's books: made at load, empty again after fork, in step with the settings, given back at exit.
+
+use std::sync::atomic::Ordering::*;
+
+use pgrx::pg_sys;
+
+use super::{ASIDE, Process, State, backend_type, current, now};
+use crate::hook;
+use crate::ledger::Precision;
+use crate::ledger::account::Site;
+use crate::pg_compat;
+use crate::settings::{self, Mode};
+use crate::share::Share;
+use crate::share::pool::Cursor;
+use crate::share::row::Row;
+use crate::share::slot::Slot;
+use crate::stack::Trace;
+
+/// Maps the shared tables, reads the modules, and registers what has to happen at fork and exit.
+/// Called once per process tree, before the hooks are installed.
+///
+/// # Safety
+/// From `_PG_init`.
+pub unsafe fn prepare(processes: usize, cluster: bool) -> Result<(), String> {
+    let share = Share::map(processes, settings::max_call_sites(), cluster)
+        .map_err(|e| format!("the shared mapping is refused: {e}"))?;
+    // SAFETY: no hook runs yet.
+    let process = unsafe { current() };
+    process.share = Some(share);
+    process.unwinder.prepare(&share.modules);
+    if process.unwinder.uses_frame_pointers() && !frame_pointers_agree(process, &share) {
+        process.unwinder.trust_frame_pointers(false, &share.modules);
+    }
+    // SAFETY: the handlers are plain functions of this library, which is never unloaded.
+    unsafe {
+        libc::pthread_atfork(None, Some(forked_in_parent), Some(forked_in_child));
+        libc::atexit(exiting);
+    }
+    Ok(())
+}
+
+/// Whether stacks in the server's own code are walked by frame pointer.
+pub fn uses_frame_pointers() -> bool {
+    // SAFETY: read once at load, when no hook runs.
+    unsafe { current() }.unwinder.uses_frame_pointers()
+}
+
+/// Frame pointers are trusted once they have given the same stack as the C runtime's unwinder, from here up.
+fn frame_pointers_agree(process: &mut Process, share: &Share) -> bool {
+    let mut ours = Trace::new();
+    let mut theirs = Vec::new();
+    crate::stack::unwind::with_registers(&mut |regs| {
+        backtrace::trace(|frame| {
+            theirs.push(frame.ip() as u64);
+            true
+        });
+        process.unwinder.walk(regs, 64, &mut ours, &share.modules)
+    });
+    let walked = ours.addresses();
+    let Some(start) = theirs.iter().position(|&ip| walked.len() > 1 && ip == walked[1]) else { return false };
+    !ours.cut
+        && theirs[start..].iter().zip(&walked[1..]).all(|(a, b)| a == b)
+        && theirs.len() - start >= walked.len() - 1
+}
+
+unsafe extern "C" fn forked_in_parent() {
+    // SAFETY: runs in the thread that forked, between two statements of it.
+    let process = unsafe { current() };
+    if process.own_slot.is_some() && !process.has_messages {
+        process.next_epoch();
+    }
+}
+
+unsafe extern "C" fn forked_in_child() {
+    // SAFETY: the child's only thread.
+    let process = unsafe { current() };
+    process.own_slot = None;
+    process.state = State::Detached;
+    process.has_messages = false;
+    // Every allocation asks, so that the first one attaches.
+    if process.ledger.precision() != Precision::Exact {
+        process.ledger.set_precision(Precision::Exact);
+    }
+}
+
+extern "C" fn exiting() {
+    // SAFETY: the process's last moments; nothing else runs.
+    let process = unsafe { current() };
+    if process.own_slot.is_some() && std::process::id() as i32 == process.pid {
+        process.own_slot = None;
+        process.state = State::Refused;
+        if let Some(share) = process.share {
+            share.release_slot(process.slot, process.pid);
+        }
+    }
+}
+
+impl Process {
+    /// The state between two hooks of a process that keeps books.
+    pub fn state_at_rest(&self) -> State {
+        if self.own_slot.is_none() {
+            State::Refused
+        } else if self.has_messages || self.expects_messages() {
+            State::Ready
+        } else {
+            State::Alone
+        }
+    }
+
+    /// Whether this process has said that it will serve a client.
+    fn expects_messages(&self) -> bool {
+        self.kind != pg_sys::BackendType::B_INVALID && !pg_compat::has_no_messages(self.kind as i32)
+    }
+
+    /// Starts this process's own books: the parent's, if it was forked, are not its own.
+    #[cold]
+    pub fn attach(&mut self) -> bool {
+        let Some(share) = self.share else { return false };
+        // SAFETY: a plain system call; the server's own variable is not set yet this early.
+        self.pid = unsafe { libc::getpid() };
+        self.now = now();
+        self.ledger.clear();
+        self.ledger.seed(self.pid as u64 ^ (self.now as u64) << 20);
+        self.walk.forget(self.now, &mut self.aside);
+        self.sites = Cursor::default();
+        self.rows = Cursor::default();
+        self.epoch = 1;
+        (self.looks, self.unseen, self.full) = (1, 0, false);
+        (self.passed, self.asked, self.frees, self.captures) = (0, 0, 0, 0);
+        let Some(slot) = share.claim_slot(self.pid, backend_type()) else { return false };
+        self.slot = slot;
+        self.own_slot = Some(&share.slots[slot as usize]);
+        self.followed = settings::Followed::NONE;
+        self.follow_settings();
+        true
+    }
+
+    /// Settings may have changed, or what is known of the process.
+    #[inline(never)]
+    pub fn follow_settings(&mut self) {
+        let Some(slot) = self.slot() else { return };
+        let kind = backend_type();
+        // SAFETY: a plain read of the server's global.
+        self.kind = unsafe { pg_sys::MyBackendType };
+        let followed = settings::Followed::now();
+        if followed.stack_depth != self.followed.stack_depth {
+            self.stacks.forget();
+        }
+        if (followed.mode, followed.walk_interval) != (self.followed.mode, self.followed.walk_interval)
+            || kind != slot.backend_type.load(Relaxed)
+        {
+            let ticks = followed.mode != Mode::Off as u32 && pg_compat::allocates_much(kind as _);
+            hook::tick::every(if ticks { followed.walk_interval as u64 } else { 0 });
+        }
+        hook::ask_about_all(followed.scope_all);
+        self.followed = followed;
+        slot.backend_type.store(kind, Relaxed);
+        slot.without_messages.store(pg_compat::has_no_messages(kind) as u32, Relaxed);
+        slot.mode.store(followed.mode, Relaxed);
+        let rate = followed.sample_bytes as u64;
+        let precision = match () {
+            _ if followed.mode == Mode::Off as u32 => Precision::None { ask: !self.has_messages },
+            // What allocates little can always be exact, and a new process allocates little before its type is known.
+            _ if followed.mode == Mode::Exact as u32 || !pg_compat::allocates_much(kind as _) => Precision::Exact,
+            _ if self.has_messages || slot.has_no_messages() => Precision::Sampled(rate),
+            _ if !self.expects_messages() => Precision::Exact,
+            _ => Precision::SampledAtOnce(rate),
+        };
+        if precision != self.ledger.precision() {
+            self.ledger.set_precision(precision);
+        }
+        self.ledger.set_limit(followed.memory_limit as usize * 1024 - ASIDE);
+        self.ledger.relax();
+    }
+
+    pub fn forget_if_asked(&mut self, slot: &Slot) {
+        if slot.reset_pending()
+            && let Some(share) = self.share
+        {
+            self.forget(&share, slot);
+        }
+    }
+
+    /// Somebody asked to forget: start again, with now as the baseline.
+    #[cold]
+    fn forget(&mut self, share: &Share, slot: &Slot) {
+        let wanted = slot.resets_wanted.load(Acquire);
+        self.ledger.clear();
+        self.walk.forget(self.now, &mut self.aside);
+        share.sites.release(self.slot, Site::close);
+        share.rows.release(self.slot, Row::close);
+        self.sites = Cursor::default();
+        self.rows = Cursor::default();
+        slot.open(slot.backend_type.load(Relaxed));
+        (self.passed, self.asked, self.frees, self.captures) = (0, 0, 0, 0);
+        self.epoch = 1;
+        slot.resets_done.store(wanted, Release);
+        self.follow_settings();
+    }
+}
+
+/// The log hears once of a table that is too small.
+pub fn say_if_full() {
+    // SAFETY: the guard is released.
+    let process = unsafe { current() };
+    if std::mem::take(&mut process.full) && process.share.is_some_and(|s| s.full_logged.swap(1, AcqRel) == 0) {
+        pgrx::log!(
+            "rheap: a table is full, and call sites that are new go unseen; raise rheap.max_call_sites (now {}) or rheap.memory_limit",
+            settings::max_call_sites()
+        );
+    }
+}

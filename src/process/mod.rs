@@ -1,0 +1,512 @@
+//! This process: what the hooks report goes through here into the ledger and the process's slot.
+//!
+//! Everything is reached through one static, because a palloc hook has no argument to carry it. Server processes have
+//! a single thread; the state guards against the one thing that can come in between, a signal handler that pallocs.
+
+mod life;
+
+use std::cell::UnsafeCell;
+use std::sync::atomic::{AtomicU64, Ordering::*};
+
+use pgrx::pg_sys;
+
+use crate::ledger::account::{Site, Stamp};
+use crate::ledger::region::Budget;
+use crate::ledger::{Decision, Ledger};
+use crate::pg_compat::{self, MemoryContext};
+use crate::settings;
+use crate::share::Share;
+use crate::share::pool::{CHUNK, Cursor};
+use crate::share::row::Row;
+use crate::share::slot::{POSTMASTER, Slot};
+use crate::stack::memory::Home;
+use crate::stack::{Regs, Stacks, Unwinder};
+use crate::walk::{Walk, path};
+pub use life::{prepare, uses_frame_pointers};
+
+/// Of `rheap.memory_limit`, what is set aside for everything but the ledger.
+const ASIDE: usize = 2 << 20;
+/// Recorded allocations between two looks at the clock within a statement.
+const LOOK: u32 = 256;
+
+#[derive(Clone, Copy, PartialEq, Debug)]
+pub enum State {
+    /// No books are kept yet.
+    Detached,
+    /// No slot was to be had; try again no earlier than at the next message.
+    Refused,
+    /// Messages tell when a statement ends, and are the safe points for everything that takes time.
+    Ready,
+    /// There are no messages, or none are known of yet: each allocation is recorded at once, and the clock looked at.
+    Alone,
+    /// A hook is at work: whatever pallocs meanwhile is a signal handler's, and is let pass.
+    Busy,
+}
+
+pub struct Process {
+    pub share: Option<Share>,
+    state: State,
+    /// Set while this process keeps books.
+    own_slot: Option<&'static Slot>,
+    pub slot: u32,
+    pid: i32,
+    pub ledger: Ledger,
+    /// For the tables beside the ledger.
+    pub aside: Budget,
+    unwinder: Unwinder,
+    pub stacks: Stacks,
+    pub sites: Cursor,
+    pub rows: Cursor,
+    pub walk: Walk,
+    epoch: u32,
+    /// `MyBackendType` as last seen: a child says who it is only some allocations after its start.
+    kind: pg_sys::BackendType::Type,
+    /// Set once messages arrive: then they are the epochs of work.
+    has_messages: bool,
+    followed: settings::Followed,
+    looks: u32,
+    now: i64,
+    /// Allocations that passed the hook's entry because their cell did not ask for them.
+    pub passed: u64,
+    /// Allocations that were asked for.
+    asked: u64,
+    frees: u64,
+    captures: u64,
+    /// Allocations that no table had room for.
+    unseen: u64,
+    /// Some table was full, which the log may still have to hear.
+    full: bool,
+}
+
+#[repr(transparent)]
+pub struct Global(UnsafeCell<Process>);
+// SAFETY: one thread per server process; see the module's comment on signal handlers.
+unsafe impl Sync for Global {}
+/// Named for the hook's entries, which count down the gaps of the cells by themselves.
+pub static PROCESS: Global = Global(UnsafeCell::new(Process {
+    share: None,
+    state: State::Detached,
+    own_slot: None,
+    slot: 0,
+    pid: 0,
+    ledger: Ledger::new(32 << 20, 0),
+    aside: Budget::new(ASIDE / 2),
+    unwinder: Unwinder::new(),
+    stacks: Stacks::new(),
+    sites: Cursor { next: 0, end: 0, chunks: 0 },
+    rows: Cursor { next: 0, end: 0, chunks: 0 },
+    walk: Walk::new(),
+    epoch: 0,
+    kind: 0,
+    has_messages: false,
+    followed: settings::Followed::NONE,
+    looks: 0,
+    now: 0,
+    passed: 0,
+    asked: 0,
+    frees: 0,
+    captures: 0,
+    unseen: 0,
+    full: false,
+}));
+
+/// This process's state.
+///
+/// # Safety
+/// From the server's thread, one reference at a time: hooks hold one only while the state is busy.
+#[inline]
+pub unsafe fn current() -> &'static mut Process {
+    // SAFETY: the caller's promise.
+    unsafe { &mut *PROCESS.0.get() }
+}
+
+/// Microseconds since 2000-01-01, to the kernel's tick.
+pub fn now() -> i64 {
+    const EPOCH: i64 = 946_684_800;
+    let mut t = libc::timespec { tv_sec: 0, tv_nsec: 0 };
+    // SAFETY: writes to a local; answered without entering the kernel.
+    unsafe { libc::clock_gettime(libc::CLOCK_REALTIME_COARSE, &mut t) };
+    (t.tv_sec - EPOCH) * 1_000_000 + t.tv_nsec / 1000
+}
+
+/// The type of this process, or [`POSTMASTER`].
+pub fn backend_type() -> i32 {
+    // SAFETY: plain reads of the server's globals.
+    unsafe {
+        // Without a type: the postmaster, a child that has not got so far yet, or single-user mode.
+        if pg_sys::MyBackendType == pg_sys::BackendType::B_INVALID && pg_sys::PostmasterPid == libc::getpid() {
+            POSTMASTER
+        } else {
+            pg_sys::MyBackendType as i32
+        }
+    }
+}
+
+fn store(cell: &AtomicU64, value: u64) {
+    cell.store(value, Relaxed);
+}
+
+impl Process {
+    #[inline]
+    pub fn slot(&self) -> Option<&'static Slot> {
+        self.own_slot
+    }
+
+    pub fn next_epoch(&mut self) {
+        self.epoch = self.epoch.saturating_add(1);
+        if let Some(slot) = self.slot() {
+            slot.epoch.store(self.epoch, Relaxed);
+        }
+    }
+
+    fn own_bytes(&self) -> u64 {
+        let shared = self.sites.chunks * CHUNK * size_of::<Site>() + self.rows.chunks * CHUNK * size_of::<Row>();
+        (self.ledger.own_bytes() + self.aside.used + shared + size_of::<Process>()) as u64
+    }
+
+    #[inline]
+    fn publish(&self, slot: &Slot) {
+        store(&slot.allocations, self.passed + self.asked);
+        store(&slot.frees, self.frees);
+        store(&slot.captures, self.captures);
+        store(&slot.own_bytes, self.own_bytes());
+        store(&slot.dropped, self.ledger.dropped() + self.unseen);
+    }
+
+    #[inline(always)]
+    fn stamp(&self) -> Stamp {
+        Stamp { epoch: self.epoch, now: self.now, query_id: pg_compat::query_id() }
+    }
+
+    /// The account of a stack and a context path, opened if it is new.
+    pub fn open_site(
+        ledger: &mut Ledger,
+        cursor: &mut Cursor,
+        share: &Share,
+        slot: u32,
+        stack: u32,
+        path: u32,
+        cell: u16,
+    ) -> Option<u32> {
+        if let Some(site) = ledger.site(stack, path) {
+            return Some(site);
+        }
+        let site = cursor.take(&share.sites, slot)?;
+        share.sites.rows[site as usize].open(stack, path);
+        ledger.add_site(stack, path, site, cell, share).then_some(site)
+    }
+
+    /// An allocation whose cell asks for it. `pending`: its end may come before anybody looks.
+    #[inline(always)]
+    fn follow(&mut self, context: MemoryContext, chunk: u64, size: u64, regs: Regs, cell: u16, pending: bool) {
+        let Some(share) = &self.share else { return };
+        self.asked += 1;
+        let decision = self.ledger.ask(cell, size, self.epoch, share);
+        if decision == Decision::Skip {
+            return;
+        }
+        if let Decision::Record(level) = decision
+            && pending
+            // SAFETY: the registers are those of the call that was hooked.
+            && let Some(known) = unsafe { self.stacks.recall(regs) }
+            && known.home.context == context as u64
+            && known.home.changes == self.ledger.context_changes()
+        {
+            let home = known.home;
+            self.captures += 1;
+            let stamp = Stamp { epoch: self.epoch, now: self.now, query_id: pg_compat::query_id() };
+            self.ledger.hold(chunk, size, home.context_id, home.site, cell, level, stamp, share);
+            return;
+        }
+        self.follow_anew(context, chunk, size, regs, cell, decision, pending);
+    }
+
+    /// The same when the stack, or what it allocates in, is not known from a moment ago.
+    #[inline(never)]
+    fn follow_anew(
+        &mut self,
+        context: MemoryContext,
+        chunk: u64,
+        size: u64,
+        regs: Regs,
+        cell: u16,
+        decision: Decision,
+        pending: bool,
+    ) {
+        let Some(share) = self.share else { return };
+        self.captures += 1;
+        let mut id = self.ledger.context(context as u64);
+        if id == 0 {
+            // SAFETY: inside a palloc of this live context.
+            let path = unsafe { path::path_of(context, &share) };
+            id = self.ledger.add_context(context as u64, path);
+        }
+        let path = if id == 0 { 0 } else { self.ledger.context_path(id) };
+        // SAFETY: the registers are those of the call that was hooked.
+        let (stack, home) = unsafe {
+            match self.stacks.recall(regs) {
+                Some(known) => (known.stack, Some(&mut known.home)),
+                None => {
+                    self.stacks.capture(&mut self.unwinder, regs, settings::stack_depth(), &share, &mut self.aside)
+                }
+            }
+        };
+        let site = if id == 0 || stack == 0 {
+            None
+        } else {
+            Self::open_site(&mut self.ledger, &mut self.sites, &share, self.slot, stack, path, cell)
+        };
+        let Some(site) = site else {
+            // Some table is full: this allocation goes unseen, and the process says that it is not exact.
+            self.unseen += 1;
+            self.full = true;
+            self.ledger.free(chunk, Stamp::default(), &share);
+            return;
+        };
+        if let Some(home) = home {
+            *home = Home { context: context as u64, changes: self.ledger.context_changes(), context_id: id, site };
+        }
+        let stamp = self.stamp();
+        match decision {
+            Decision::Record(level) if pending => {
+                self.ledger.hold(chunk, size, id, site, cell, level, stamp, &share)
+            }
+            Decision::Record(level) => self.ledger.record(chunk, size, id, site, level, stamp, &share),
+            Decision::Count => self.ledger.count(size, site, stamp, &share),
+            Decision::Skip => (),
+        }
+    }
+
+    /// An allocation in a process that is not driven by messages, or not yet.
+    #[cold]
+    fn allocated_alone(&mut self, context: MemoryContext, chunk: u64, size: u64, regs: Regs, cell: u16) {
+        if self.own_slot.is_none() && !self.attach() {
+            return;
+        }
+        let Some(slot) = self.slot() else { return };
+        self.forget_if_asked(slot);
+        // SAFETY: a plain read of the server's global.
+        if self.kind != unsafe { pg_sys::MyBackendType } {
+            self.follow_settings();
+        }
+        self.now = now();
+        self.follow(context, chunk, size, regs, cell, self.state_at_rest() == State::Ready);
+        // Such a process allocates little, and may not do so again for long: look each time. While it starts, it is
+        // walked each time that it has allocated twice as much as before.
+        if self.asked.is_power_of_two() && self.asked >= 8 && slot.has_no_messages() && self.walk.is_starting() {
+            self.walk.hurry();
+        }
+        self.look(slot);
+        self.publish(slot);
+    }
+
+    /// Looks at the clock, and walks if it is time.
+    #[inline(never)]
+    fn look(&mut self, slot: &Slot) {
+        self.looks = LOOK;
+        self.now = now();
+        if self.walk.is_due(self.now) {
+            self.follow_settings();
+            if !self.has_messages && slot.backend_type.load(Relaxed) != POSTMASTER {
+                self.next_epoch();
+            }
+            self.flush(false);
+            // SAFETY: at the exit of a palloc or between two messages, where the tree is consistent.
+            unsafe { crate::walk::walk(self, slot) };
+            self.publish(slot);
+        }
+    }
+
+    /// Puts everything into the accounts that is not there yet.
+    #[inline]
+    fn flush(&mut self, ended: bool) {
+        if let Some(share) = &self.share {
+            let stamp = Stamp { epoch: self.epoch, now: self.now, query_id: pg_compat::query_id() };
+            self.ledger.flush(ended, stamp, share);
+        }
+    }
+
+    /// A client's message has been dealt with.
+    fn statement_done(&mut self, slot: &'static Slot) {
+        self.now = now();
+        self.flush(true);
+        self.next_epoch();
+        if slot.reset_pending() || !self.has_messages || self.followed != settings::Followed::now() {
+            self.between_statements(slot);
+        }
+        // SAFETY: between two statements the tree is consistent.
+        unsafe { self.walk.moved.look() };
+        self.walk.note_held(self.ledger.held_bytes(), self.now);
+        if self.walk.is_due(self.now) {
+            self.look(slot);
+        }
+        self.looks = LOOK;
+        self.publish(slot);
+    }
+
+    /// What seldom has to be done.
+    #[cold]
+    fn between_statements(&mut self, slot: &'static Slot) {
+        self.forget_if_asked(slot);
+        if slot.walks.load(Relaxed) == 0 {
+            self.walk.hurry();
+        }
+        self.has_messages = true;
+        slot.has_messages.store(1, Relaxed);
+        self.follow_settings();
+    }
+}
+
+/// Runs a hook's work unless one is at work already, or no books are kept.
+#[inline(always)]
+fn guarded(work: impl FnOnce(&mut Process)) {
+    // SAFETY: the state makes this the only reference; the work neither raises errors nor longjmps.
+    let process = unsafe { current() };
+    if process.state != State::Ready && process.state != State::Alone {
+        return;
+    }
+    let state = std::mem::replace(&mut process.state, State::Busy);
+    work(process);
+    process.state = state;
+}
+
+/// The cell of the caller of the allocator.
+///
+/// # Safety
+/// `regs` are those of the call that was hooked.
+pub unsafe fn cell(regs: Regs) -> u16 {
+    // SAFETY: the caller's promise.
+    unsafe { current().stacks.callers.key(regs) as u16 % crate::ledger::cells::CELLS as u16 }
+}
+
+/// A chunk has been allocated in a watched context, past the hook's entry: `cell` may not have asked for it yet.
+///
+/// # Safety
+/// `regs` are those of the call that was hooked.
+pub unsafe fn allocated_unspent(context: MemoryContext, chunk: u64, size: u64, regs: Regs) {
+    // SAFETY: the caller's promise.
+    let (process, cell) = unsafe { (current(), cell(regs)) };
+    if process.ledger.spend(cell, size) {
+        allocated(context, chunk, size, regs, cell);
+    } else {
+        process.passed += 1;
+    }
+}
+
+/// A chunk has been allocated in a watched context, and its cell asks for it.
+#[inline(always)]
+pub fn allocated(context: MemoryContext, chunk: u64, size: u64, regs: Regs, cell: u16) {
+    // SAFETY: as for `guarded`.
+    let process = unsafe { current() };
+    if process.state == State::Ready {
+        process.state = State::Busy;
+        process.follow(context, chunk, size, regs, cell, true);
+        process.looks = process.looks.wrapping_sub(1);
+        if process.looks == 0
+            && let Some(slot) = process.slot()
+        {
+            process.look(slot);
+        }
+        process.state = State::Ready;
+    } else {
+        otherwise(context, chunk, size, regs, cell);
+    }
+}
+
+#[cold]
+#[inline(never)]
+fn otherwise(context: MemoryContext, chunk: u64, size: u64, regs: Regs, cell: u16) {
+    // SAFETY: as for `guarded`.
+    let process = unsafe { current() };
+    if process.state == State::Busy || process.state == State::Refused {
+        return;
+    }
+    process.state = State::Busy;
+    process.allocated_alone(context, chunk, size, regs, cell);
+    process.state = process.state_at_rest();
+    // Between messages there is a better place for it; who gets none logs here, unless an error must not happen.
+    // SAFETY: the guard is released; a plain read.
+    if !process.has_messages && process.walk.has_news() && unsafe { pg_sys::CritSectionCount } == 0 {
+        crate::walk::log_new_leaks();
+    }
+}
+
+/// A followed chunk, perhaps, is about to be freed.
+#[inline(always)]
+pub fn freed(chunk: u64) {
+    guarded(|p| {
+        if let Some(share) = &p.share {
+            let stamp = Stamp { epoch: p.epoch, now: p.now, query_id: pg_compat::query_id() };
+            p.frees += p.ledger.free(chunk, stamp, share) as u64;
+        }
+    });
+}
+
+/// A chunk of a watched context has been given another size, and perhaps another place.
+///
+/// # Safety
+/// `regs` are those of the call that was hooked.
+pub unsafe fn reallocated(context: MemoryContext, old: u64, new: u64, size: u64, regs: Regs) {
+    freed(old);
+    // SAFETY: the caller's promise.
+    unsafe { allocated_unspent(context, new, size, regs) };
+}
+
+/// Everything in a watched context is about to go.
+pub fn context_reset(context: MemoryContext) {
+    guarded(|p| {
+        if let Some(share) = &p.share {
+            p.frees += p.ledger.reset(context as u64, p.stamp(), share) as u64;
+        }
+    });
+}
+
+/// A watched context is about to go.
+pub fn context_deleted(context: MemoryContext) {
+    guarded(|p| {
+        if let Some(share) = &p.share {
+            p.frees += p.ledger.delete(context as u64, p.stamp(), share) as u64;
+        }
+    });
+}
+
+/// Before this process reads its own accounts.
+pub fn settle() {
+    guarded(|p| {
+        p.flush(false);
+        if let Some(slot) = p.slot() {
+            p.publish(slot);
+        }
+    });
+}
+
+/// In the middle of a long statement.
+pub fn tick() {
+    guarded(|p| {
+        if let Some(slot) = p.slot() {
+            p.look(slot);
+        }
+    });
+}
+
+/// A client's message has been dealt with: between two statements, the best moment for everything that takes time.
+pub fn message_done() {
+    // SAFETY: as for `guarded`.
+    let process = unsafe { current() };
+    if process.state == State::Busy {
+        return;
+    }
+    process.state = State::Busy;
+    if process.own_slot.is_some() || process.attach() {
+        if let Some(slot) = process.slot() {
+            process.statement_done(slot);
+        }
+        process.state = State::Ready;
+    } else {
+        process.state = State::Refused;
+    }
+    if process.walk.has_news() || process.full {
+        crate::walk::log_new_leaks();
+        life::say_if_full();
+    }
+}

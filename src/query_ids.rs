@@ -1,0 +1,56 @@
+//! Ids of statements, as pg_stat_statements shows them.
+//!
+//! The server computes them for every statement once a module asks with `EnableQueryId`, for each EXECUTE too, which
+//! nobody looks up: what it executes has an id of its own. rheap therefore computes them itself, where nobody else
+//! does, and leaves these out.
+
+use core::ffi::c_int;
+use std::sync::atomic::{AtomicPtr, Ordering::*};
+
+use pgrx::pg_sys::{self, CmdType, JumbleState, NodeTag, ParseState, Query};
+
+use crate::pg_compat;
+
+type Hook = unsafe extern "C-unwind" fn(*mut ParseState, *mut Query, *mut JumbleState);
+static PREVIOUS: AtomicPtr<()> = AtomicPtr::new(std::ptr::null_mut());
+
+/// Hooks into parse analysis. Called once, from `_PG_init`.
+pub fn install() {
+    // SAFETY: the hook is a global of the server, set while libraries load, in its only thread.
+    unsafe {
+        PREVIOUS.store(pg_sys::post_parse_analyze_hook.map_or(std::ptr::null_mut(), |h| h as *mut ()), Relaxed);
+        pg_sys::post_parse_analyze_hook = Some(analyzed);
+    }
+}
+
+unsafe extern "C-unwind" fn analyzed(state: *mut ParseState, query: *mut Query, jumble: *mut JumbleState) {
+    let mut jumble = jumble;
+    // SAFETY: the server passes a fresh query tree. No value with a destructor is alive when a call may raise.
+    unsafe {
+        if jumble.is_null()
+            && (*query).queryId == 0
+            && pg_sys::compute_query_id != pg_sys::ComputeQueryIdType::COMPUTE_QUERY_ID_OFF as c_int
+            && is_looked_up(query)
+        {
+            jumble = pg_compat::jumble(state, query);
+        }
+        let previous = PREVIOUS.load(Relaxed);
+        if !previous.is_null() {
+            let previous: Hook = std::mem::transmute(previous);
+            previous(state, query, jumble);
+        }
+    }
+}
+
+/// # Safety
+/// A query tree.
+unsafe fn is_looked_up(query: *const Query) -> bool {
+    // SAFETY: the caller's promise; a utility query has its statement.
+    unsafe {
+        (*query).commandType != CmdType::CMD_UTILITY
+            || !matches!(
+                (*(*query).utilityStmt).type_,
+                NodeTag::T_ExecuteStmt | NodeTag::T_PrepareStmt | NodeTag::T_DeallocateStmt
+            )
+    }
+}
