@@ -102,6 +102,29 @@ pub unsafe fn jumble(state: *mut pg_sys::ParseState, query: *mut pg_sys::Query) 
     }
 }
 
+/// When the statement at hand began, or the last one; microseconds since 2000-01-01.
+#[inline(always)]
+pub fn statement_start() -> i64 {
+    // Declared here, since the bindings' wrapper does much more than the function.
+    unsafe extern "C-unwind" {
+        fn GetCurrentStatementStartTimestamp() -> i64;
+    }
+    // SAFETY: returns a variable of the server.
+    unsafe { GetCurrentStatementStartTimestamp() }
+}
+
+/// Where the id of the statement at hand is to be read before the process has a status entry.
+pub static NO_QUERY_ID: i64 = 0;
+
+/// The place of the id of the statement that this process runs.
+pub fn query_id_place() -> *const i64 {
+    // SAFETY: as for `query_id`.
+    unsafe {
+        let entry = pg_sys::MyBEEntry;
+        if entry.is_null() { &raw const NO_QUERY_ID } else { (&raw const (*entry).st_query_id).cast() }
+    }
+}
+
 /// Reads the id of the statement that this process runs, 0 where unknown.
 #[inline]
 pub fn query_id() -> i64 {

@@ -28,9 +28,9 @@ unsafe extern "C-unwind" fn analyzed(state: *mut ParseState, query: *mut Query, 
     // SAFETY: the server passes a fresh query tree. No value with a destructor is alive when a call may raise.
     unsafe {
         if jumble.is_null()
+            && is_looked_up(query)
             && (*query).queryId == 0
             && pg_sys::compute_query_id != pg_sys::ComputeQueryIdType::COMPUTE_QUERY_ID_OFF as c_int
-            && is_looked_up(query)
         {
             jumble = pg_compat::jumble(state, query);
         }

@@ -1,6 +1,8 @@
 //! The `rheap.*` settings.
 
 use core::ffi::{c_int, c_void};
+use std::sync::atomic::{AtomicBool, Ordering::*};
+
 use pgrx::{GucContext, GucFlags, GucRegistry, GucSetting, PostgresGucEnum, pg_sys};
 
 #[derive(Clone, Copy, Debug, PartialEq, PostgresGucEnum)]
@@ -39,7 +41,7 @@ static MAX_CALL_SITES: GucSetting<i32> = GucSetting::<i32>::new(32_768);
 static LOG_LEAKS: GucSetting<bool> = GucSetting::<bool>::new(false);
 
 /// The settings that a process follows between statements.
-#[derive(Clone, Copy, PartialEq)]
+#[derive(Clone, Copy)]
 pub struct Followed {
     pub mode: u32,
     pub sample_bytes: i32,
@@ -52,6 +54,7 @@ pub struct Followed {
 }
 
 impl Followed {
+    /// Before anything is followed.
     pub const NONE: Followed = Followed {
         mode: u32::MAX,
         sample_bytes: 0,
@@ -72,6 +75,19 @@ impl Followed {
             scope_all: scope_all(),
         }
     }
+}
+
+/// Raised when a setting that processes follow is assigned, also when that is undone.
+static CHANGED: AtomicBool = AtomicBool::new(true);
+
+/// Whether settings may have changed since this was last asked.
+#[inline]
+pub fn changed() -> bool {
+    CHANGED.load(Relaxed) && CHANGED.swap(false, Relaxed)
+}
+
+unsafe extern "C-unwind" fn assign(_value: c_int, _extra: *mut c_void) {
+    CHANGED.store(true, Relaxed);
 }
 
 /// Reads the variable behind a setting without the thread check of `get`, which the hot path cannot afford.
@@ -160,22 +176,31 @@ bounded!(
 
 /// Defines all settings. Called once, from `_PG_init`; `startup` says that the postmaster is starting.
 pub fn define(startup: bool) {
-    GucRegistry::define_enum_guc(
-        c"rheap.mode",
-        c"Which allocations in watched memory contexts get a call stack.",
-        c"off: none; sampled: a random sample by bytes, with unbiased estimates; exact: all.",
-        &MODE,
-        GucContext::Suset,
-        GucFlags::default(),
-    );
-    GucRegistry::define_enum_guc(
-        c"rheap.scope",
-        c"Which memory contexts are watched.",
-        c"session: those that outlive a transaction; all: transient contexts too, at a price.",
-        &SCOPE,
-        GucContext::Suset,
-        GucFlags::default(),
-    );
+    // SAFETY: for both, the assign hook only raises a flag.
+    unsafe {
+        GucRegistry::define_enum_guc_with_hooks(
+            c"rheap.mode",
+            c"Which allocations in watched memory contexts get a call stack.",
+            c"off: none; sampled: a random sample by bytes, with unbiased estimates; exact: all.",
+            &MODE,
+            GucContext::Suset,
+            GucFlags::default(),
+            None,
+            Some(assign),
+            None,
+        );
+        GucRegistry::define_enum_guc_with_hooks(
+            c"rheap.scope",
+            c"Which memory contexts are watched.",
+            c"session: those that outlive a transaction; all: transient contexts too, at a price.",
+            &SCOPE,
+            GucContext::Suset,
+            GucFlags::default(),
+            None,
+            Some(assign),
+            None,
+        );
+    }
     let integer = |name, short, long, setting, context, flags, check: pg_sys::GucIntCheckHook| {
         // SAFETY: the check hooks above follow the protocol of the server's check hooks.
         unsafe {
@@ -189,7 +214,7 @@ pub fn define(startup: bool) {
                 context,
                 flags,
                 check,
-                None,
+                Some(assign),
                 None,
             )
         }

@@ -23,7 +23,7 @@ const GAPS: usize = offset_of!(Process, ledger) + offset_of!(Ledger, cells) + of
 const FILTER: usize = offset_of!(Process, ledger) + offset_of!(Ledger, filter);
 const CALLERS: usize = offset_of!(Process, stacks) + offset_of!(Stacks, callers);
 // The entries below compute by shifts and masks.
-const _: () = assert!(callers::CALLERS == 256 && size_of::<callers::Caller>() == 16);
+const _: () = assert!(callers::CALLERS == 256);
 const _: () = assert!(cells::CELLS.is_power_of_two() && filter::PLACES.is_power_of_two());
 
 /// An entry that hands its arguments on, and with them where the caller's frame is.
@@ -60,10 +60,21 @@ macro_rules! first_touch {
                 "lea rax, [r9 + {pair}]",
                 "mov [rdi + {methods}], rax",
                 "jmp [rax + {original_alloc}]",
+                // The one context of each statement whose parent does not tell.
                 "3:",
+                "mov rax, [rip + {transaction}@GOTPCREL]",
+                "cmp rdi, [rax]",
+                "jne 4f",
+                "cmp qword ptr [rip + {tables} + {span}], 0",
+                "je 4f",
+                "lea rax, [rip + {tables} + {pass} + {pair}]",
+                "mov [rdi + {methods}], rax",
+                "jmp [rax + {original_alloc}]",
+                "4:",
                 "mov rcx, rsp",
                 "mov r8, rbp",
                 "jmp {slow}",
+                transaction = sym pg_sys::TopTransactionContext,
                 parent = const offset_of!(MemoryContextData, parent),
                 context_name = const offset_of!(MemoryContextData, name),
                 methods = const METHODS,
@@ -92,19 +103,17 @@ first_touch!(first_touch_3, 3);
 unsafe extern "C-unwind" fn alloc() {
     core::arch::naked_asm!(
         "mov rax, [rsp]",
+        "lea r10, [rip + {process}]",
         "movzx r9d, al",
-        "shl r9d, 4",
-        "lea r10, [rip + {process} + {callers}]",
-        "cmp [r10 + r9], rax",
+        "cmp [r10 + r9 * 8 + {addresses}], rax",
         "jne 2f",
-        "mov r9, [r10 + r9 + 8]",
+        "mov r9, [r10 + r9 * 8 + {offsets}]",
         "xor rax, [rsp + r9]",
         "2:",
         "and eax, {cell_mask}",
-        "lea r10, [rip + {process} + {gaps}]",
-        "sub [r10 + rax * 8], rsi",
+        "sub [r10 + rax * 8 + {gaps}], rsi",
         "jle 3f",
-        "inc qword ptr [rip + {process} + {passed}]",
+        "inc qword ptr [r10 + {passed}]",
         "mov rax, [rdi + {methods}]",
         "jmp [rax + {original_alloc}]",
         "3:",
@@ -113,7 +122,8 @@ unsafe extern "C-unwind" fn alloc() {
         "mov r9d, eax",
         "jmp {slow}",
         process = sym PROCESS,
-        callers = const CALLERS,
+        addresses = const CALLERS + offset_of!(callers::Callers, addresses),
+        offsets = const CALLERS + offset_of!(callers::Callers, offsets),
         cell_mask = const cells::CELLS - 1,
         gaps = const GAPS,
         passed = const offset_of!(Process, passed),
@@ -121,6 +131,37 @@ unsafe extern "C-unwind" fn alloc() {
         original_alloc = const ORIGINAL_ALLOC,
         slow = sym alloc_from,
     )
+}
+
+/// An allocation in a watched context when all of them are recorded. The frame pointer is put aside: only few need it.
+macro_rules! alloc_exact {
+    ($name:ident => $to:path) => {
+        #[unsafe(naked)]
+        unsafe extern "C-unwind" fn $name() {
+            core::arch::naked_asm!(
+                "mov [rip + {process} + {bp}], rbp",
+                "mov rcx, rsp",
+                "jmp {to}",
+                process = sym PROCESS,
+                bp = const offset_of!(Process, bp),
+                to = sym $to,
+            )
+        }
+    };
+}
+alloc_exact!(alloc_exact => alloc_exact_from::<false>);
+alloc_exact!(alloc_exact_gathering => alloc_exact_from::<true>);
+
+/// Between two statements: MessageContext is reset.
+#[unsafe(naked)]
+unsafe extern "C-unwind" fn boundary(context: MemoryContext) {
+    core::arch::naked_asm!("mov rsi, rsp", "mov rdx, rbp", "jmp {to}", to = sym boundary_from)
+}
+
+/// Any other context on a watch table is reset.
+#[unsafe(naked)]
+unsafe extern "C-unwind" fn reset(context: MemoryContext) {
+    core::arch::naked_asm!("mov rsi, rsp", "mov rdx, rbp", "jmp {to}", to = sym reset_from)
 }
 
 pub static ENTRIES: Entries = Entries {
@@ -132,11 +173,13 @@ pub static ENTRIES: Entries = Entries {
         (first_touch_3 as *const ()),
     ],
     alloc: alloc as *const (),
+    alloc_exact: [alloc_exact as *const (), alloc_exact_gathering as *const ()],
     tick: tick as *const (),
     boundary,
     reset,
     delete,
     free: FREE,
+    free_exact: FREE_EXACT,
     realloc: REALLOC,
 };
 
@@ -200,6 +243,39 @@ unsafe extern "C-unwind" fn alloc_from(
     }
 }
 
+unsafe extern "C-unwind" fn alloc_exact_from<const GATHER: bool>(
+    context: MemoryContext,
+    size: usize,
+    flags: c_int,
+    sp: u64,
+) -> *mut c_void {
+    // SAFETY: as for `alloc_from`.
+    unsafe {
+        let chunk = original_alloc(context, size, flags);
+        if !chunk.is_null() && !process::allocated_again::<GATHER>(context, chunk as u64, size as u64, sp) {
+            return alloc_exact_otherwise(context, size, sp, chunk);
+        }
+        chunk
+    }
+}
+
+#[cold]
+#[inline(never)]
+unsafe extern "C-unwind" fn alloc_exact_otherwise(
+    context: MemoryContext,
+    size: usize,
+    sp: u64,
+    chunk: *mut c_void,
+) -> *mut c_void {
+    // SAFETY: as for `alloc_from`; the entry has put the frame pointer there.
+    unsafe {
+        let regs = Regs { sp, bp: process::current().bp };
+        let cell = process::cell(regs);
+        process::allocated(context, chunk as u64, size as u64, regs, cell);
+    }
+    chunk
+}
+
 /// A palloc in a context that passes, after the timer has armed the pass tables.
 unsafe extern "C-unwind" fn tick(context: MemoryContext, size: usize, flags: c_int) -> *mut c_void {
     // SAFETY: the server calls with a live context on a pass table; at the exit of a palloc the tree is consistent.
@@ -211,16 +287,16 @@ unsafe extern "C-unwind" fn tick(context: MemoryContext, size: usize, flags: c_i
     }
 }
 
-unsafe extern "C-unwind" fn boundary(context: MemoryContext) {
+unsafe extern "C-unwind" fn boundary_from(context: MemoryContext, sp: u64, bp: u64) {
     // SAFETY: the server calls with MessageContext, on its boundary table.
     unsafe {
         let original = tables::original_of(context).reset.unwrap_unchecked();
         original(context);
-        process::message_done();
+        process::message_done(Regs { sp, bp });
     }
 }
 
-unsafe extern "C-unwind" fn reset(context: MemoryContext) {
+unsafe extern "C-unwind" fn reset_from(context: MemoryContext, sp: u64, bp: u64) {
     // SAFETY: the server calls with a live context on a watch table.
     unsafe {
         let original = tables::original_of(context).reset.unwrap_unchecked();
@@ -228,7 +304,7 @@ unsafe extern "C-unwind" fn reset(context: MemoryContext) {
         original(context);
         // With scope `all` it is watched like any other.
         if context == pg_sys::MessageContext {
-            process::message_done();
+            process::message_done(Regs { sp, bp });
         }
     }
 }
@@ -248,6 +324,7 @@ mod dispatch {
 
     with_registers!(realloc => realloc_from);
     pub const FREE: [Free; KIND_COUNT] = [free; KIND_COUNT];
+    pub const FREE_EXACT: [Free; KIND_COUNT] = [free_exact; KIND_COUNT];
     pub const REALLOC: [*const (); KIND_COUNT] = [realloc as *const (); KIND_COUNT];
 
     /// The free of a chunk in a watched context: done if the filter says that nobody follows it.
@@ -275,8 +352,21 @@ mod dispatch {
     unsafe extern "C-unwind" fn free_followed(context: MemoryContext, chunk: *mut c_void) {
         // SAFETY: the server calls with a live context on a watch table and a chunk of it.
         unsafe {
+            if process::follows(chunk as u64) {
+                process::freed(chunk as u64);
+            }
             let original: Free = tables::original_of(context).free_p.unwrap_unchecked();
-            process::freed(chunk as u64);
+            original(context, chunk);
+        }
+    }
+
+    unsafe extern "C-unwind" fn free_exact(context: MemoryContext, chunk: *mut c_void) {
+        // SAFETY: as for `free_followed`.
+        unsafe {
+            if !process::freed_at_once(chunk as u64) {
+                return free_followed(context, chunk);
+            }
+            let original: Free = tables::original_of(context).free_p.unwrap_unchecked();
             original(context, chunk);
         }
     }
@@ -334,7 +424,9 @@ mod dispatch {
                     // SAFETY: the server calls with a chunk of this allocator. Whether anybody follows it, the
                     // ledger knows.
                     unsafe {
-                        process::freed(chunk as u64);
+                        if process::follows(chunk as u64) && !process::freed_at_once(chunk as u64) {
+                            process::freed(chunk as u64);
+                        }
                         let original: Free = tables::original($kind).free_p.unwrap_unchecked();
                         original(chunk)
                     }
@@ -369,6 +461,8 @@ mod dispatch {
         all[1] = free_1;
         all
     };
+    /// Chunks of watched contexts are freed like all others.
+    pub const FREE_EXACT: [Free; KIND_COUNT] = FREE;
     pub const REALLOC: [*const (); KIND_COUNT] = {
         let mut all = [realloc_2 as *const (); KIND_COUNT];
         all[0] = realloc_0 as *const ();
@@ -376,4 +470,4 @@ mod dispatch {
         all
     };
 }
-use dispatch::{FREE, REALLOC};
+use dispatch::{FREE, FREE_EXACT, REALLOC};

@@ -25,6 +25,9 @@ pub struct Tables {
     /// By the low bits of the pointer.
     pub learned: [*const core::ffi::c_char; LEARNED],
     tick: *const (),
+    /// The watch tables' `alloc`, and their `free_p` where that is theirs: as a sample is recorded, or as all are.
+    alloc: [*const (); 2],
+    free: [Option<[Free; KIND_COUNT]>; 2],
     base: [*mut Methods; KIND_COUNT],
     /// What the base tables held before the patch.
     pub original: [Methods; KIND_COUNT],
@@ -51,6 +54,8 @@ fn tables() -> &'static Tables {
 pub struct Entries {
     pub first_touch: [*const (); KIND_COUNT],
     pub alloc: *const (),
+    /// The same where all are recorded; the second on processors that gather.
+    pub alloc_exact: [*const (); 2],
     /// Met once by the next palloc in a context that passes, after `arm`.
     pub tick: *const (),
     /// For MessageContext.
@@ -58,6 +63,8 @@ pub struct Entries {
     pub reset: unsafe extern "C-unwind" fn(MemoryContext),
     pub delete: unsafe extern "C-unwind" fn(MemoryContext),
     pub free: [Free; KIND_COUNT],
+    /// The same for chunks of watched contexts where all are recorded.
+    pub free_exact: [Free; KIND_COUNT],
     pub realloc: [*const (); KIND_COUNT],
 }
 // SAFETY: pointers to functions.
@@ -81,6 +88,10 @@ pub unsafe fn patch(bases: [*mut Methods; KIND_COUNT], entries: &Entries) -> Res
     };
     tables.base = bases;
     tables.tick = entries.tick;
+    tables.alloc = [entries.alloc, entries.alloc_exact[crate::stack::memory::gathers() as usize]];
+    if !DISPATCH_BY_CHUNK {
+        tables.free = [Some(entries.free), Some(entries.free_exact)];
+    }
     for (kind, base) in bases.into_iter().enumerate() {
         // SAFETY: the caller's promise.
         let original = unsafe { *base };
@@ -168,6 +179,24 @@ pub fn ask_about_all(all: bool) {
     // SAFETY: the server's thread; the hook's entries only read it.
     let tables = unsafe { (*TABLES.0.get()).assume_init_mut() };
     tables.pass_span = if all { 0 } else { size_of_val(&tables.pass) };
+}
+
+/// Whether all allocations in watched contexts are recorded, so that there is no sampling to be done for them.
+pub fn record_all(all: bool) {
+    // SAFETY: the server's thread, outside the entries that this replaces.
+    let tables = unsafe { (*TABLES.0.get()).assume_init_mut() };
+    if !tables.installed {
+        return;
+    }
+    for kind in 0..KIND_COUNT {
+        let watch = &mut tables.watch[kind].active;
+        // SAFETY: as in `patch`.
+        watch.alloc = unsafe { std::mem::transmute_copy(&tables.alloc[all as usize]) };
+        if let Some(free) = &tables.free[all as usize] {
+            // SAFETY: the member has this type where the table has its own frees; see `patch`.
+            watch.free_p = unsafe { std::mem::transmute_copy(&free[kind]) };
+        }
+    }
 }
 
 /// Puts the tick into the pass tables, or takes it out again.

@@ -38,8 +38,7 @@ pub fn every(milliseconds: u64) {
     if !INSTALLED.load(Relaxed) {
         return;
     }
-    let time =
-        libc::timeval { tv_sec: (milliseconds / 1000) as i64, tv_usec: (milliseconds % 1000 * 1000) as i64 };
+    let time = libc::timeval { tv_sec: (milliseconds / 1000) as i64, tv_usec: (milliseconds % 1000 * 1000) as i64 };
     let timer = libc::itimerval { it_interval: time, it_value: time };
     // SAFETY: a plain system call. The timer ends with the process, and does not survive a fork.
     unsafe { libc::setitimer(libc::ITIMER_VIRTUAL, &timer, std::ptr::null_mut()) };

@@ -96,6 +96,7 @@ fn whole(fixed: u64) -> u64 {
 impl Site {
     /// Makes a fresh account of it. Owner only.
     pub fn open(&self, stack: u32, path: u32) {
+        self.sequence.store(self.sequence.load(Relaxed) & !1, Relaxed);
         let write = self.write();
         for cell in [&self.alloc_count, &self.alloc_bytes, &self.live_count, &self.live_bytes] {
             cell.store(0, Relaxed);
@@ -120,6 +121,7 @@ impl Site {
 
     /// Closes it: readers skip it from now on.
     pub fn close(&self) {
+        self.sequence.store(self.sequence.load(Relaxed) & !1, Relaxed);
         let write = self.write();
         self.stack.store(0, Relaxed);
         drop(write);
@@ -127,10 +129,10 @@ impl Site {
 
     #[inline]
     fn write(&self) -> Write<'_> {
-        let sequence = self.sequence.load(Relaxed) | 1;
-        self.sequence.store(sequence, Relaxed);
+        // Even before and after, unless a writer died in between: `open` mends that.
+        self.sequence.store(self.sequence.load(Relaxed).wrapping_add(1), Relaxed);
         fence(Release);
-        Write { sequence: &self.sequence, next: sequence.wrapping_add(1) }
+        Write { sequence: &self.sequence }
     }
 
     /// Counts an allocation that gets no record.
@@ -157,12 +159,30 @@ impl Site {
         }
     }
 
+    /// Notes when the first allocation was. To be called before `pair`.
+    pub fn begin(&self, epoch: u32, now: i64) {
+        if self.first_epoch.load(Relaxed) == 0 {
+            self.first_epoch.store(epoch, Relaxed);
+            self.first_seen.store(now, Relaxed);
+        }
+    }
+
+    /// Counts an allocation that is freed again already.
+    #[inline(always)]
+    pub fn pair(&self, size: u64, weight: u64, epoch: u32, now: i64, query_id: impl FnOnce() -> i64) {
+        let _write = self.write();
+        if self.last_epoch.load(Relaxed) != epoch {
+            self.last_epoch.store(epoch, Relaxed);
+            self.last_seen.store(now, Relaxed);
+            self.query_id.store(query_id(), Relaxed);
+        }
+        add(&self.alloc_count, weight);
+        add(&self.alloc_bytes, weight * size);
+    }
+
     #[inline]
     fn note(&self, size: u64, weight: u64, stamp: Stamp) {
-        if self.first_epoch.load(Relaxed) == 0 {
-            self.first_epoch.store(stamp.epoch, Relaxed);
-            self.first_seen.store(stamp.now, Relaxed);
-        }
+        self.begin(stamp.epoch, stamp.now);
         self.last_epoch.store(stamp.epoch, Relaxed);
         self.last_seen.store(stamp.now, Relaxed);
         self.query_id.store(stamp.query_id, Relaxed);
@@ -318,12 +338,11 @@ impl Site {
 /// The odd phase of the sequence lock.
 struct Write<'a> {
     sequence: &'a AtomicU32,
-    next: u32,
 }
 
 impl Drop for Write<'_> {
     #[inline]
     fn drop(&mut self) {
-        self.sequence.store(self.next, Release);
+        self.sequence.store(self.sequence.load(Relaxed).wrapping_add(1), Release);
     }
 }

@@ -8,8 +8,8 @@
 
 pub mod account;
 pub mod cells;
-pub mod filter;
 mod entries;
+pub mod filter;
 mod pending;
 pub mod region;
 pub mod sampling;
@@ -57,6 +57,10 @@ pub enum Precision {
     SampledAtOnce(Rate),
 }
 
+/// Whether frees come through the filter even where all allocations are recorded: from 16 on they do, since the hook
+/// sees those of all contexts.
+const FILTERED: bool = cfg!(not(feature = "pg15"));
+
 pub struct Ledger {
     budget: Budget,
     records: Table<Record>,
@@ -66,6 +70,8 @@ pub struct Ledger {
     pub filter: Filter,
     pending: Pending,
     precision: Precision,
+    /// Exact, and within the memory.
+    quick: bool,
     rates: Rates,
     rng: Rng,
     /// In exact mode past the memory: level of new records, and bytes until the next.
@@ -75,6 +81,10 @@ pub struct Ledger {
     dropped: u64,
     /// Bytes that all accounts together hold, in the fixed point of the accounts.
     held: u64,
+    /// Pending chunks that were given a record.
+    settled: u64,
+    /// Records whose chunk was freed.
+    ended: u64,
     last_context: u32,
     /// Grows whenever a context's id or path ceases to hold.
     context_changes: u32,
@@ -92,12 +102,15 @@ impl Ledger {
             filter: Filter::new(),
             pending: Pending::new(),
             precision: Precision::Exact,
+            quick: true,
             rates: Rates::new(),
             rng: Rng::new(seed),
             level: 0,
             gap: 0,
             dropped: 0,
             held: 0,
+            settled: 0,
+            ended: 0,
             last_context: 0,
             context_changes: 0,
         }
@@ -116,7 +129,18 @@ impl Ledger {
         self.dropped
     }
 
+    /// Chunks that were held as pending so far.
+    pub fn holds(&self) -> u64 {
+        self.pending.put
+    }
+
+    /// Followed chunks that were freed so far.
+    pub fn frees(&self) -> u64 {
+        self.pending.taken - self.settled + self.ended
+    }
+
     /// Bytes alive, as estimated from the records.
+    #[inline]
     pub fn held_bytes(&self) -> u64 {
         self.held / ONE
     }
@@ -137,9 +161,11 @@ impl Ledger {
         self.budget.limit = limit;
     }
 
-    /// Records keep the rate they were made with.
+    /// Records keep the rate they were made with. Nothing may be pending.
     pub fn set_precision(&mut self, precision: Precision) {
+        debug_assert!(self.pending.is_empty());
         self.precision = precision;
+        self.quick = precision == Precision::Exact;
         (self.level, self.gap) = (0, 0);
         match precision {
             Precision::None { ask: false } => self.cells.none(),
@@ -269,6 +295,39 @@ impl Ledger {
         account.set_inexact();
     }
 
+    /// Every allocation is recorded: there is nothing to ask.
+    #[inline(always)]
+    pub fn is_exact(&self) -> bool {
+        self.quick
+    }
+
+    /// `hold` in the commonest case of exact mode; false, and nothing done, in any other.
+    #[inline(always)]
+    pub fn hold_exactly(&mut self, address: u64, size: u64, context: u32, site: u32, epoch: u32) -> bool {
+        let held = self.pending.put_free(address, Chunk { size, site, context, epoch, cell: 0, level: 0 });
+        if held && FILTERED {
+            self.filter.add(address);
+        }
+        held
+    }
+
+    /// `free` in the commonest case of exact mode; false, and nothing done, in any other.
+    #[inline(always)]
+    pub fn free_exactly(&mut self, address: u64, now: i64, query_id: impl FnOnce() -> i64, sites: &impl Sites) -> bool {
+        let Some(chunk) = self.pending.take(address) else { return false };
+        if FILTERED {
+            self.filter.remove(address);
+        }
+        sites.site(chunk.site).pair(chunk.size, ONE, chunk.epoch, now, query_id);
+        true
+    }
+
+    /// Nothing is pending.
+    #[inline]
+    pub fn is_settled(&self) -> bool {
+        self.pending.is_empty()
+    }
+
     /// Follows an allocation for which `ask` said [`Decision::Record`], as pending: it is in no account before it
     /// is freed or flushed.
     #[inline]
@@ -283,49 +342,64 @@ impl Ledger {
         stamp: Stamp,
         sites: &impl Sites,
     ) {
-        let chunk = Chunk { address, size, site, context, epoch: stamp.epoch, cell, level };
-        self.filter.add(address);
-        if let Some(displaced) = self.pending.put(chunk) {
-            self.displaced(displaced, address, stamp, sites);
+        let chunk = Chunk { size, site, context, epoch: stamp.epoch, cell, level: level as u16 };
+        self.expect(address);
+        if let Some((displaced, chunk)) = self.pending.put(address, chunk) {
+            self.displaced(displaced, chunk, address, stamp, sites);
         }
     }
 
     #[inline(never)]
-    fn displaced(&mut self, chunk: Chunk, by: u64, stamp: Stamp, sites: &impl Sites) {
-        if chunk.address == by {
+    fn displaced(&mut self, address: u64, chunk: Chunk, by: u64, stamp: Stamp, sites: &impl Sites) {
+        if address == by {
             // The address is alive again: the free of its last chunk was missed.
-            self.pair(&chunk, stamp, sites);
+            self.pair(address, &chunk, stamp, sites);
         } else {
-            self.settle(chunk, stamp, sites);
+            self.settle(address, chunk, stamp, sites);
         }
     }
 
     /// Everything that is pending gets its record. Due when a statement has `ended`, and before anybody looks.
-    #[inline]
     pub fn flush(&mut self, ended: bool, stamp: Stamp, sites: &impl Sites) {
         let mut from = 0;
-        while let Some(chunk) = self.pending.next(&mut from, |_| true) {
+        while let Some((address, chunk)) = self.pending.next(&mut from, |_| true) {
             if ended {
                 self.cells.kept(chunk.cell);
             }
-            self.settle(chunk, stamp, sites);
+            self.settle(address, chunk, stamp, sites);
         }
     }
 
-    fn settle(&mut self, chunk: Chunk, stamp: Stamp, sites: &impl Sites) {
-        let Chunk { address, size, context, site, level, epoch, .. } = chunk;
-        self.record(address, size, context, site, level, Stamp { epoch, ..stamp }, sites);
-        self.filter.remove(address);
+    fn settle(&mut self, address: u64, chunk: Chunk, stamp: Stamp, sites: &impl Sites) {
+        let Chunk { size, context, site, level, epoch, .. } = chunk;
+        self.settled += 1;
+        self.record(address, size, context, site, level as u8, Stamp { epoch, ..stamp }, sites);
+        self.unexpect(address);
+    }
+
+    /// The free of a pending chunk has to come through the filter.
+    #[inline]
+    fn expect(&mut self, address: u64) {
+        if FILTERED || self.precision != Precision::Exact {
+            self.filter.add(address);
+        }
+    }
+
+    #[inline]
+    fn unexpect(&mut self, address: u64) {
+        if FILTERED || self.precision != Precision::Exact {
+            self.filter.remove(address);
+        }
     }
 
     /// A pending chunk is gone: it has been allocated and freed in one.
     #[inline]
-    fn pair(&mut self, chunk: &Chunk, stamp: Stamp, sites: &impl Sites) {
-        self.filter.remove(chunk.address);
+    fn pair(&mut self, address: u64, chunk: &Chunk, stamp: Stamp, sites: &impl Sites) {
+        self.unexpect(address);
         self.cells.paired(chunk.cell);
-        let weight = self.rates.weight(chunk.size, chunk.level);
+        let weight = self.rates.weight(chunk.size, chunk.level as u8);
         let alloc_weight = if self.precision == Precision::Exact { ONE } else { weight };
-        sites.site(chunk.site).count(chunk.size, alloc_weight, Stamp { epoch: chunk.epoch, ..stamp });
+        sites.site(chunk.site).pair(chunk.size, alloc_weight, chunk.epoch, stamp.now, || stamp.query_id);
     }
 
     /// Follows an allocation at once, without a time as pending. A record that the address still has is of a chunk
@@ -419,11 +493,17 @@ impl Ledger {
         sites.site(record.site).end(record.size(), weight, record.epoch);
     }
 
+    /// Whether a chunk is followed, which the filter only suspects.
+    #[inline(always)]
+    pub fn follows(&self, address: u64) -> bool {
+        self.pending.has(address) || self.records.find(address) != 0
+    }
+
     /// Ends a chunk. False when nobody follows it: it was not sampled, or is older than rheap.
     #[inline]
     pub fn free(&mut self, address: u64, stamp: Stamp, sites: &impl Sites) -> bool {
         if let Some(&chunk) = self.pending.take(address) {
-            self.pair(&chunk, stamp, sites);
+            self.pair(address, &chunk, stamp, sites);
             return true;
         }
         self.free_record(address, sites)
@@ -435,6 +515,7 @@ impl Ledger {
             return false;
         }
         self.end(id, sites);
+        self.ended += 1;
         true
     }
 
@@ -445,12 +526,13 @@ impl Ledger {
             return 0;
         }
         let (mut ended, mut from) = (0, 0);
-        while let Some(chunk) = self.pending.next(&mut from, |c| c.context == context) {
-            self.pair(&chunk, stamp, sites);
+        while let Some((address, chunk)) = self.pending.next(&mut from, |c| c.context == context) {
+            self.pair(address, &chunk, stamp, sites);
             ended += 1;
         }
         while self.contexts.get(context).head != 0 {
             self.end(self.contexts.get(context).head, sites);
+            self.ended += 1;
             ended += 1;
         }
         ended
@@ -521,6 +603,7 @@ impl Ledger {
         }
         if self.precision == Precision::Exact {
             self.level = level;
+            self.quick = false;
             self.gap = self.rates.gap(level, &mut self.rng);
         } else {
             self.cells.raise_floor(rate, &mut self.rates, &mut self.rng);
@@ -557,6 +640,7 @@ impl Ledger {
         self.context_changes = self.context_changes.wrapping_add(1);
         self.held = 0;
         self.dropped = 0;
+        (self.settled, self.ended) = (0, 0);
         if self.precision != Precision::Exact || self.level != 0 {
             self.set_precision(self.precision);
         }

@@ -4,74 +4,96 @@
 /// A power of two; more chunks than this at once only cost records that would not have been needed.
 const PLACES: usize = 256;
 
+/// A chunk, but for its address.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
+#[repr(C)]
 pub struct Chunk {
-    pub address: u64,
     pub size: u64,
-    pub site: u32,
     pub context: u32,
+    pub site: u32,
     pub epoch: u32,
     pub cell: u16,
     /// Index of the sampling rate.
-    pub level: u8,
+    pub level: u16,
 }
 
 pub struct Pending {
     /// Apart from the rest, so that a flush reads little; 0: free.
     addresses: [u64; PLACES],
     chunks: [Chunk; PLACES],
-    count: u32,
+    /// Chunks taken in and given out, ever.
+    pub put: u64,
+    pub taken: u64,
 }
 
 impl Pending {
     pub const fn new() -> Self {
-        const NONE: Chunk = Chunk { address: 0, size: 0, site: 0, context: 0, epoch: 0, cell: 0, level: 0 };
-        Pending { addresses: [0; PLACES], chunks: [NONE; PLACES], count: 0 }
+        const NONE: Chunk = Chunk { size: 0, context: 0, site: 0, epoch: 0, cell: 0, level: 0 };
+        Pending { addresses: [0; PLACES], chunks: [NONE; PLACES], put: 0, taken: 0 }
     }
 
-    #[inline]
+    #[inline(always)]
     fn place(address: u64) -> usize {
-        ((address >> 4) ^ (address >> 12)) as usize % PLACES
+        (address >> 4) as usize % PLACES
     }
 
-    /// Takes a chunk in, and returns the one that it displaces.
+    /// Takes a chunk in if that displaces none.
+    #[inline(always)]
+    pub fn put_free(&mut self, address: u64, chunk: Chunk) -> bool {
+        let place = Self::place(address);
+        if self.addresses[place] != 0 {
+            return false;
+        }
+        self.put += 1;
+        self.addresses[place] = address;
+        self.chunks[place] = chunk;
+        true
+    }
+
+    /// Takes a chunk in, and returns the one that it displaces, with its address.
     #[inline]
-    pub fn put(&mut self, chunk: Chunk) -> Option<Chunk> {
-        let place = Self::place(chunk.address);
+    pub fn put(&mut self, address: u64, chunk: Chunk) -> Option<(u64, Chunk)> {
+        let place = Self::place(address);
         let old = self.addresses[place];
-        let displaced = if old != 0 { Some(self.chunks[place]) } else { None };
-        self.count += (old == 0) as u32;
-        self.addresses[place] = chunk.address;
+        let displaced = if old != 0 { Some((old, self.chunks[place])) } else { None };
+        self.put += 1;
+        self.taken += (old != 0) as u64;
+        self.addresses[place] = address;
         self.chunks[place] = chunk;
         displaced
     }
 
+    #[inline(always)]
+    pub fn has(&self, address: u64) -> bool {
+        self.addresses[Self::place(address)] == address
+    }
+
     /// Gives the chunk at an address out, if it is here.
-    #[inline]
+    #[inline(always)]
     pub fn take(&mut self, address: u64) -> Option<&Chunk> {
         let place = Self::place(address);
         if self.addresses[place] != address {
             return None;
         }
         self.addresses[place] = 0;
-        self.count -= 1;
+        self.taken += 1;
         Some(&self.chunks[place])
     }
 
     #[inline]
     pub fn is_empty(&self) -> bool {
-        self.count == 0
+        self.put == self.taken
     }
 
     /// Takes out any one chunk that `wanted` accepts, looking from place `from` on; the next look starts behind it.
-    pub fn next(&mut self, from: &mut usize, wanted: impl Fn(&Chunk) -> bool) -> Option<Chunk> {
-        while self.count > 0 && *from < PLACES {
+    pub fn next(&mut self, from: &mut usize, wanted: impl Fn(&Chunk) -> bool) -> Option<(u64, Chunk)> {
+        while !self.is_empty() && *from < PLACES {
             let place = *from;
             *from += 1;
             if self.addresses[place] != 0 && wanted(&self.chunks[place]) {
-                self.addresses[place] = 0;
-                self.count -= 1;
-                return Some(self.chunks[place]);
+                let address = std::mem::take(&mut self.addresses[place]);
+                self.taken += 1;
+                return Some((address, self.chunks[place]));
             }
         }
         None
@@ -79,6 +101,6 @@ impl Pending {
 
     pub fn clear(&mut self) {
         self.addresses.fill(0);
-        self.count = 0;
+        (self.put, self.taken) = (0, 0);
     }
 }

@@ -27,7 +27,7 @@ pub unsafe fn prepare(processes: usize, cluster: bool) -> Result<(), String> {
     // SAFETY: no hook runs yet.
     let process = unsafe { current() };
     process.share = Some(share);
-    process.unwinder.prepare(&share.modules);
+    process.unwinder.prepare(pg_sys::PostgresMain as *const () as u64, &share.modules);
     if process.unwinder.uses_frame_pointers() && !frame_pointers_agree(process, &share) {
         process.unwinder.trust_frame_pointers(false, &share.modules);
     }
@@ -66,8 +66,10 @@ fn frame_pointers_agree(process: &mut Process, share: &Share) -> bool {
 unsafe extern "C" fn forked_in_parent() {
     // SAFETY: runs in the thread that forked, between two statements of it.
     let process = unsafe { current() };
-    if process.own_slot.is_some() && !process.has_messages {
-        process.next_epoch();
+    if let Some(slot) = process.slot()
+        && !process.has_messages
+    {
+        process.next_epoch(slot);
     }
 }
 
@@ -76,6 +78,10 @@ unsafe extern "C" fn forked_in_child() {
     let process = unsafe { current() };
     process.own_slot = None;
     process.state = State::Detached;
+    process.quick = false;
+    if process.has_messages {
+        process.stacks.forget();
+    }
     process.has_messages = false;
     // Every allocation asks, so that the first one attaches.
     if process.ledger.precision() != Precision::Exact {
@@ -126,9 +132,10 @@ impl Process {
         self.rows = Cursor::default();
         self.epoch = 1;
         (self.looks, self.unseen, self.full) = (1, 0, false);
-        (self.passed, self.asked, self.frees, self.captures) = (0, 0, 0, 0);
+        (self.passed, self.at_once) = (0, 0);
         let Some(slot) = share.claim_slot(self.pid, backend_type()) else { return false };
         self.slot = slot;
+        self.query_id = pg_compat::query_id_place();
         self.own_slot = Some(&share.slots[slot as usize]);
         self.followed = settings::Followed::NONE;
         self.follow_settings();
@@ -167,8 +174,10 @@ impl Process {
             _ => Precision::SampledAtOnce(rate),
         };
         if precision != self.ledger.precision() {
+            self.flush(false);
             self.ledger.set_precision(precision);
         }
+        hook::record_all(precision == Precision::Exact);
         self.ledger.set_limit(followed.memory_limit as usize * 1024 - ASIDE);
         self.ledger.relax();
     }
@@ -192,7 +201,7 @@ impl Process {
         self.sites = Cursor::default();
         self.rows = Cursor::default();
         slot.open(slot.backend_type.load(Relaxed));
-        (self.passed, self.asked, self.frees, self.captures) = (0, 0, 0, 0);
+        (self.passed, self.at_once) = (0, 0);
         self.epoch = 1;
         slot.resets_done.store(wanted, Release);
         self.follow_settings();

@@ -46,8 +46,12 @@ pub enum State {
 pub struct Process {
     pub share: Option<Share>,
     state: State,
+    /// Ready, and all allocations are recorded: the commonest cases take a shorter way.
+    quick: bool,
     /// Set while this process keeps books.
     own_slot: Option<&'static Slot>,
+    /// Where the server keeps the id of the statement at hand.
+    query_id: *const i64,
     pub slot: u32,
     pid: i32,
     pub ledger: Ledger,
@@ -66,12 +70,14 @@ pub struct Process {
     followed: settings::Followed,
     looks: u32,
     now: i64,
+    /// Bytes alive in the ledger after the last statement.
+    held: u64,
     /// Allocations that passed the hook's entry because their cell did not ask for them.
     pub passed: u64,
-    /// Allocations that were asked for.
-    asked: u64,
-    frees: u64,
-    captures: u64,
+    /// Allocations that were recorded, or counted, without being pending first.
+    at_once: u64,
+    /// The frame pointer at the entry of the exact mode's `alloc`, for the few allocations that need it.
+    pub bp: u64,
     /// Allocations that no table had room for.
     unseen: u64,
     /// Some table was full, which the log may still have to hear.
@@ -86,7 +92,9 @@ unsafe impl Sync for Global {}
 pub static PROCESS: Global = Global(UnsafeCell::new(Process {
     share: None,
     state: State::Detached,
+    quick: false,
     own_slot: None,
+    query_id: &raw const pg_compat::NO_QUERY_ID,
     slot: 0,
     pid: 0,
     ledger: Ledger::new(32 << 20, 0),
@@ -102,10 +110,10 @@ pub static PROCESS: Global = Global(UnsafeCell::new(Process {
     followed: settings::Followed::NONE,
     looks: 0,
     now: 0,
+    held: 0,
     passed: 0,
-    asked: 0,
-    frees: 0,
-    captures: 0,
+    at_once: 0,
+    bp: 0,
     unseen: 0,
     full: false,
 }));
@@ -152,11 +160,23 @@ impl Process {
         self.own_slot
     }
 
-    pub fn next_epoch(&mut self) {
-        self.epoch = self.epoch.saturating_add(1);
-        if let Some(slot) = self.slot() {
-            slot.epoch.store(self.epoch, Relaxed);
-        }
+    #[inline]
+    fn enter(&mut self) {
+        self.state = State::Busy;
+        self.quick = false;
+    }
+
+    #[inline]
+    fn leave(&mut self, state: State) {
+        self.state = state;
+        self.quick = state == State::Ready && self.ledger.is_exact();
+    }
+
+    #[inline]
+    fn next_epoch(&mut self, slot: &Slot) {
+        // 0 would mean none; no process gets through them twice.
+        self.epoch = self.epoch.wrapping_add(1);
+        slot.epoch.store(self.epoch, Relaxed);
     }
 
     fn own_bytes(&self) -> u64 {
@@ -166,9 +186,15 @@ impl Process {
 
     #[inline]
     fn publish(&self, slot: &Slot) {
-        store(&slot.allocations, self.passed + self.asked);
-        store(&slot.frees, self.frees);
-        store(&slot.captures, self.captures);
+        let captures = self.ledger.holds() + self.at_once;
+        store(&slot.allocations, self.passed + captures);
+        store(&slot.frees, self.ledger.frees());
+        store(&slot.captures, captures);
+    }
+
+    /// What seldom changes.
+    fn publish_all(&self, slot: &Slot) {
+        self.publish(slot);
         store(&slot.own_bytes, self.own_bytes());
         store(&slot.dropped, self.ledger.dropped() + self.unseen);
     }
@@ -197,10 +223,9 @@ impl Process {
     }
 
     /// An allocation whose cell asks for it. `pending`: its end may come before anybody looks.
-    #[inline(always)]
+    #[inline]
     fn follow(&mut self, context: MemoryContext, chunk: u64, size: u64, regs: Regs, cell: u16, pending: bool) {
         let Some(share) = &self.share else { return };
-        self.asked += 1;
         let decision = self.ledger.ask(cell, size, self.epoch, share);
         if decision == Decision::Skip {
             return;
@@ -208,12 +233,11 @@ impl Process {
         if let Decision::Record(level) = decision
             && pending
             // SAFETY: the registers are those of the call that was hooked.
-            && let Some(known) = unsafe { self.stacks.recall(regs) }
+            && let Some(known) = unsafe { self.stacks.recall(regs.sp) }
             && known.home.context == context as u64
             && known.home.changes == self.ledger.context_changes()
         {
             let home = known.home;
-            self.captures += 1;
             let stamp = Stamp { epoch: self.epoch, now: self.now, query_id: pg_compat::query_id() };
             self.ledger.hold(chunk, size, home.context_id, home.site, cell, level, stamp, share);
             return;
@@ -234,7 +258,6 @@ impl Process {
         pending: bool,
     ) {
         let Some(share) = self.share else { return };
-        self.captures += 1;
         let mut id = self.ledger.context(context as u64);
         if id == 0 {
             // SAFETY: inside a palloc of this live context.
@@ -244,11 +267,9 @@ impl Process {
         let path = if id == 0 { 0 } else { self.ledger.context_path(id) };
         // SAFETY: the registers are those of the call that was hooked.
         let (stack, home) = unsafe {
-            match self.stacks.recall(regs) {
+            match self.stacks.recall(regs.sp) {
                 Some(known) => (known.stack, Some(&mut known.home)),
-                None => {
-                    self.stacks.capture(&mut self.unwinder, regs, settings::stack_depth(), &share, &mut self.aside)
-                }
+                None => self.stacks.capture(&mut self.unwinder, regs, settings::stack_depth(), &share, &mut self.aside),
             }
         };
         let site = if id == 0 || stack == 0 {
@@ -259,22 +280,25 @@ impl Process {
         let Some(site) = site else {
             // Some table is full: this allocation goes unseen, and the process says that it is not exact.
             self.unseen += 1;
+            self.at_once += 1;
             self.full = true;
             self.ledger.free(chunk, Stamp::default(), &share);
             return;
         };
+        share.sites.rows[site as usize].begin(self.epoch, self.now);
         if let Some(home) = home {
             *home = Home { context: context as u64, changes: self.ledger.context_changes(), context_id: id, site };
         }
         let stamp = self.stamp();
         match decision {
             Decision::Record(level) if pending => {
-                self.ledger.hold(chunk, size, id, site, cell, level, stamp, &share)
+                return self.ledger.hold(chunk, size, id, site, cell, level, stamp, &share);
             }
             Decision::Record(level) => self.ledger.record(chunk, size, id, site, level, stamp, &share),
             Decision::Count => self.ledger.count(size, site, stamp, &share),
-            Decision::Skip => (),
+            Decision::Skip => return,
         }
+        self.at_once += 1;
     }
 
     /// An allocation in a process that is not driven by messages, or not yet.
@@ -293,11 +317,11 @@ impl Process {
         self.follow(context, chunk, size, regs, cell, self.state_at_rest() == State::Ready);
         // Such a process allocates little, and may not do so again for long: look each time. While it starts, it is
         // walked each time that it has allocated twice as much as before.
-        if self.asked.is_power_of_two() && self.asked >= 8 && slot.has_no_messages() && self.walk.is_starting() {
+        if self.at_once.is_power_of_two() && self.at_once >= 8 && slot.has_no_messages() && self.walk.is_starting() {
             self.walk.hurry();
         }
         self.look(slot);
-        self.publish(slot);
+        self.publish_all(slot);
     }
 
     /// Looks at the clock, and walks if it is time.
@@ -308,35 +332,47 @@ impl Process {
         if self.walk.is_due(self.now) {
             self.follow_settings();
             if !self.has_messages && slot.backend_type.load(Relaxed) != POSTMASTER {
-                self.next_epoch();
+                self.next_epoch(slot);
             }
             self.flush(false);
             // SAFETY: at the exit of a palloc or between two messages, where the tree is consistent.
             unsafe { crate::walk::walk(self, slot) };
-            self.publish(slot);
+            self.publish_all(slot);
         }
     }
 
     /// Puts everything into the accounts that is not there yet.
-    #[inline]
-    fn flush(&mut self, ended: bool) {
+    #[inline(always)]
+    pub fn flush(&mut self, ended: bool) {
+        if !self.ledger.is_settled() {
+            self.flush_some(ended);
+        }
+    }
+
+    #[inline(never)]
+    fn flush_some(&mut self, ended: bool) {
+        let stamp = self.stamp();
         if let Some(share) = &self.share {
-            let stamp = Stamp { epoch: self.epoch, now: self.now, query_id: pg_compat::query_id() };
             self.ledger.flush(ended, stamp, share);
         }
     }
 
     /// A client's message has been dealt with.
-    fn statement_done(&mut self, slot: &'static Slot) {
-        self.now = now();
+    #[inline]
+    fn statement_done(&mut self, slot: &'static Slot, regs: Regs) {
+        // When the statement began is near enough, and known already.
+        self.now = pg_compat::statement_start();
         self.flush(true);
-        self.next_epoch();
-        if slot.reset_pending() || !self.has_messages || self.followed != settings::Followed::now() {
-            self.between_statements(slot);
+        self.next_epoch(slot);
+        if slot.reset_pending() || !self.has_messages || settings::changed() {
+            self.between_statements(slot, regs);
         }
         // SAFETY: between two statements the tree is consistent.
         unsafe { self.walk.moved.look() };
-        self.walk.note_held(self.ledger.held_bytes(), self.now);
+        if self.ledger.held_bytes() != self.held {
+            self.held = self.ledger.held_bytes();
+            self.walk.note_held(self.held, self.now);
+        }
         if self.walk.is_due(self.now) {
             self.look(slot);
         }
@@ -346,11 +382,15 @@ impl Process {
 
     /// What seldom has to be done.
     #[cold]
-    fn between_statements(&mut self, slot: &'static Slot) {
+    fn between_statements(&mut self, slot: &'static Slot, regs: Regs) {
+        if let Some(share) = &self.share {
+            self.stacks.anchor(&mut self.unwinder, regs, share);
+        }
         self.forget_if_asked(slot);
         if slot.walks.load(Relaxed) == 0 {
             self.walk.hurry();
         }
+        self.query_id = pg_compat::query_id_place();
         self.has_messages = true;
         slot.has_messages.store(1, Relaxed);
         self.follow_settings();
@@ -365,9 +405,10 @@ fn guarded(work: impl FnOnce(&mut Process)) {
     if process.state != State::Ready && process.state != State::Alone {
         return;
     }
-    let state = std::mem::replace(&mut process.state, State::Busy);
+    let state = process.state;
+    process.enter();
     work(process);
-    process.state = state;
+    process.leave(state);
 }
 
 /// The cell of the caller of the allocator.
@@ -376,7 +417,7 @@ fn guarded(work: impl FnOnce(&mut Process)) {
 /// `regs` are those of the call that was hooked.
 pub unsafe fn cell(regs: Regs) -> u16 {
     // SAFETY: the caller's promise.
-    unsafe { current().stacks.callers.key(regs) as u16 % crate::ledger::cells::CELLS as u16 }
+    unsafe { current().stacks.callers.key(regs.sp) as u16 % crate::ledger::cells::CELLS as u16 }
 }
 
 /// A chunk has been allocated in a watched context, past the hook's entry: `cell` may not have asked for it yet.
@@ -399,7 +440,7 @@ pub fn allocated(context: MemoryContext, chunk: u64, size: u64, regs: Regs, cell
     // SAFETY: as for `guarded`.
     let process = unsafe { current() };
     if process.state == State::Ready {
-        process.state = State::Busy;
+        process.enter();
         process.follow(context, chunk, size, regs, cell, true);
         process.looks = process.looks.wrapping_sub(1);
         if process.looks == 0
@@ -407,7 +448,7 @@ pub fn allocated(context: MemoryContext, chunk: u64, size: u64, regs: Regs, cell
         {
             process.look(slot);
         }
-        process.state = State::Ready;
+        process.leave(State::Ready);
     } else {
         otherwise(context, chunk, size, regs, cell);
     }
@@ -421,9 +462,9 @@ fn otherwise(context: MemoryContext, chunk: u64, size: u64, regs: Regs, cell: u1
     if process.state == State::Busy || process.state == State::Refused {
         return;
     }
-    process.state = State::Busy;
+    process.enter();
     process.allocated_alone(context, chunk, size, regs, cell);
-    process.state = process.state_at_rest();
+    process.leave(process.state_at_rest());
     // Between messages there is a better place for it; who gets none logs here, unless an error must not happen.
     // SAFETY: the guard is released; a plain read.
     if !process.has_messages && process.walk.has_news() && unsafe { pg_sys::CritSectionCount } == 0 {
@@ -431,13 +472,52 @@ fn otherwise(context: MemoryContext, chunk: u64, size: u64, regs: Regs, cell: u1
     }
 }
 
-/// A followed chunk, perhaps, is about to be freed.
+/// A chunk has been allocated in a watched context, and all of them are recorded. False when this takes more than
+/// the commonest case does: then nothing has been done.
+///
+/// # Safety
+/// `sp` is that of the call that was hooked. With `GATHER` the processor gathers.
 #[inline(always)]
+pub unsafe fn allocated_again<const GATHER: bool>(context: MemoryContext, chunk: u64, size: u64, sp: u64) -> bool {
+    // SAFETY: as for `guarded`: what follows does not call anything that could palloc.
+    let process = unsafe { current() };
+    // SAFETY: the caller's promise.
+    if process.quick
+        && let Some(known) = unsafe { process.stacks.recall_first::<GATHER>(sp) }
+        && known.home.context == context as u64
+        && known.home.changes == process.ledger.context_changes()
+    {
+        return process.ledger.hold_exactly(chunk, size, known.home.context_id, known.home.site, process.epoch);
+    }
+    false
+}
+
+/// A chunk that was allocated a moment ago, with all of them recorded, is about to be freed. False as above.
+#[inline(always)]
+pub fn freed_at_once(chunk: u64) -> bool {
+    // SAFETY: as for `guarded`: what follows does not call anything that could palloc.
+    let process = unsafe { current() };
+    // SAFETY: who is quick has attached, for which there must be a mapping; the query's id is this process's own.
+    process.quick && {
+        let share = unsafe { process.share.as_ref().unwrap_unchecked() };
+        process.ledger.free_exactly(chunk, process.now, || unsafe { *process.query_id }, share)
+    }
+}
+
+/// Whether a chunk that is about to be freed is followed.
+#[inline(always)]
+pub fn follows(chunk: u64) -> bool {
+    // SAFETY: as for `guarded`: this only reads.
+    unsafe { current() }.ledger.follows(chunk)
+}
+
+/// A followed chunk is about to be freed.
+#[inline(never)]
 pub fn freed(chunk: u64) {
     guarded(|p| {
         if let Some(share) = &p.share {
             let stamp = Stamp { epoch: p.epoch, now: p.now, query_id: pg_compat::query_id() };
-            p.frees += p.ledger.free(chunk, stamp, share) as u64;
+            p.ledger.free(chunk, stamp, share);
         }
     });
 }
@@ -456,7 +536,7 @@ pub unsafe fn reallocated(context: MemoryContext, old: u64, new: u64, size: u64,
 pub fn context_reset(context: MemoryContext) {
     guarded(|p| {
         if let Some(share) = &p.share {
-            p.frees += p.ledger.reset(context as u64, p.stamp(), share) as u64;
+            p.ledger.reset(context as u64, p.stamp(), share);
         }
     });
 }
@@ -465,7 +545,7 @@ pub fn context_reset(context: MemoryContext) {
 pub fn context_deleted(context: MemoryContext) {
     guarded(|p| {
         if let Some(share) = &p.share {
-            p.frees += p.ledger.delete(context as u64, p.stamp(), share) as u64;
+            p.ledger.delete(context as u64, p.stamp(), share);
         }
     });
 }
@@ -475,7 +555,7 @@ pub fn settle() {
     guarded(|p| {
         p.flush(false);
         if let Some(slot) = p.slot() {
-            p.publish(slot);
+            p.publish_all(slot);
         }
     });
 }
@@ -490,23 +570,32 @@ pub fn tick() {
 }
 
 /// A client's message has been dealt with: between two statements, the best moment for everything that takes time.
-pub fn message_done() {
+///
+/// # Safety
+/// `regs` are those of a call in progress.
+pub unsafe fn message_done(regs: Regs) {
     // SAFETY: as for `guarded`.
     let process = unsafe { current() };
     if process.state == State::Busy {
         return;
     }
-    process.state = State::Busy;
+    process.enter();
+    let mut state = State::Refused;
     if process.own_slot.is_some() || process.attach() {
+        state = State::Ready;
         if let Some(slot) = process.slot() {
-            process.statement_done(slot);
+            process.statement_done(slot, regs);
         }
-        process.state = State::Ready;
-    } else {
-        process.state = State::Refused;
     }
+    process.leave(state);
     if process.walk.has_news() || process.full {
-        crate::walk::log_new_leaks();
-        life::say_if_full();
+        tell_the_log();
     }
+}
+
+#[cold]
+#[inline(never)]
+fn tell_the_log() {
+    crate::walk::log_new_leaks();
+    life::say_if_full();
 }

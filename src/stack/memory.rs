@@ -4,15 +4,20 @@
 //! From one return address to the next, a walk depends on the addresses alone (a frame has the size that the
 //! compiler gave it there). So when the stack pointer and every return address are the same, the walk would be too.
 
-use super::Regs;
+use std::mem::offset_of;
+
 use super::unwind::Trace;
 
 /// Longer stacks are walked each time.
-const LONGEST: usize = 64;
-const SETS: usize = 128;
-const WAYS: usize = 2;
+const LONGEST: usize = 48;
+const ENTRIES: usize = 512;
+const WAYS: usize = 4;
+/// Every so many times a stack that is not found in its first place moves there.
+const PATIENCE: usize = 16;
 /// Places are compared in groups of this many.
-const GROUP: usize = 4;
+const GROUP: usize = 8;
+/// All of them, and the innermost.
+const PLACES: usize = LONGEST + GROUP;
 
 /// What the ledger has found out about a stack in the context that it last allocated in.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
@@ -24,111 +29,187 @@ pub struct Home {
     pub site: u32,
 }
 
+#[repr(C, align(64))]
 pub struct Remembered {
     sp: u64,
-    innermost: u64,
+    /// Places, in whole groups.
+    places: u64,
     pub stack: u32,
-    /// Groups of places.
-    groups: u32,
     pub home: Home,
-    /// From the stack pointer.
-    offsets: [i32; LONGEST],
-    expected: [u64; LONGEST],
+    /// From the stack pointer; the first is that of the innermost address.
+    offsets: [i32; PLACES],
+    expected: [u64; PLACES],
 }
 
 pub struct Memory {
-    entries: [Remembered; SETS * WAYS],
-    /// Which way of a set was given away last.
-    turn: [u8; SETS],
+    entries: [Remembered; ENTRIES],
+    /// Tells which of four is given away next, and when one moves up.
+    turn: usize,
+    /// Return addresses at and above this place stay what they are for as long as the process lives.
+    anchor: u64,
 }
 
 const NOTHING: Remembered = Remembered {
     sp: 0,
-    innermost: 0,
+    places: 0,
     stack: 0,
-    groups: 0,
     home: Home { context: 0, changes: 0, context_id: 0, site: 0 },
-    offsets: [0; LONGEST],
-    expected: [0; LONGEST],
+    offsets: [0; PLACES],
+    expected: [0; PLACES],
 };
 
 impl Memory {
     pub const fn new() -> Self {
-        Memory { entries: [NOTHING; SETS * WAYS], turn: [0; SETS] }
+        Memory { entries: [NOTHING; ENTRIES], turn: 0, anchor: u64::MAX }
     }
 
-    #[inline]
-    fn set(regs: Regs, key: u64) -> usize {
-        ((key ^ regs.sp.rotate_left(32)).wrapping_mul(0x9E37_79B9_7F4A_7C15) >> 57) as usize % SETS
+    /// The first of the places of a stack; the others are its neighbours.
+    #[inline(always)]
+    fn place(sp: u64, key: u64) -> usize {
+        ((key ^ sp).wrapping_mul(0x9E37_79B9_7F4A_7C15) >> 55) as usize % ENTRIES
     }
 
-    /// The entry of the stack at these registers, if it was met before with the same `key`.
-    #[inline]
-    pub fn recall(&mut self, regs: Regs, innermost: u64, key: u64) -> Option<&mut Remembered> {
-        let first = Self::set(regs, key) * WAYS;
-        for way in first..first + WAYS {
-            let entry = &self.entries[way];
-            // SAFETY: the places were inside this process's stack when it was walked from the same stack pointer,
-            // and what is above a stack pointer stays mapped.
-            if entry.sp == regs.sp && entry.innermost == innermost && unsafe { entry.still_there(regs.sp) } {
-                return Some(&mut self.entries[way]);
-            }
+    /// The stack from this stack pointer on, if it is in the first of its places.
+    ///
+    /// # Safety
+    /// `sp` is that of a call in progress on this process's stack. With `GATHER` the processor gathers.
+    #[inline(always)]
+    pub unsafe fn recall_first<const GATHER: bool>(&mut self, sp: u64, key: u64) -> Option<&mut Remembered> {
+        // SAFETY: `place` is below the number of entries. The places were inside this process's stack when it was
+        // walked from the same stack pointer, and what is above a stack pointer stays mapped.
+        unsafe {
+            let entry = self.entries.get_unchecked_mut(Self::place(sp, key));
+            (entry.sp == sp && entry.still_there::<GATHER>(sp)).then_some(entry)
         }
-        None
+    }
+
+    /// The stack from this stack pointer on, if it was met before with the same `key`.
+    pub fn recall(&mut self, sp: u64, key: u64) -> Option<&mut Remembered> {
+        let place = Self::place(sp, key);
+        // SAFETY: as in `recall_first`.
+        let at = (0..WAYS)
+            .map(|way| place ^ way)
+            .find(|&i| self.entries[i].sp == sp && unsafe { self.entries[i].still_there::<false>(sp) })?;
+        self.turn = self.turn.wrapping_add(1);
+        if at != place && self.turn.is_multiple_of(PATIENCE) {
+            self.entries.swap(at, place);
+            return Some(&mut self.entries[place]);
+        }
+        Some(&mut self.entries[at])
     }
 
     /// Remembers a walked stack under its id, unless it is too long.
-    pub fn learn(&mut self, regs: Regs, key: u64, trace: &Trace, stack: u32) -> Option<&mut Remembered> {
+    pub fn learn(&mut self, sp: u64, key: u64, trace: &Trace, stack: u32) -> Option<&mut Remembered> {
         if trace.frames > LONGEST {
             return None;
         }
-        let set = Self::set(regs, key);
-        self.turn[set] = (self.turn[set] + 1) % WAYS as u8;
-        let entry = &mut self.entries[set * WAYS + self.turn[set] as usize];
-        entry.sp = regs.sp;
-        entry.innermost = trace.addresses[0];
+        let place = Self::place(sp, key);
+        let free = (0..WAYS).map(|way| place ^ way).find(|&i| self.entries[i].sp == 0);
+        self.turn = self.turn.wrapping_add(1);
+        let entry = &mut self.entries[free.unwrap_or(place ^ (self.turn % WAYS))];
+        entry.sp = 0;
         entry.stack = stack;
         entry.home = Home::default();
-        // The innermost address stands for itself, and fills the last group.
+        // The innermost address fills the last group.
         entry.offsets.fill(0);
         entry.expected.fill(trace.addresses[0]);
-        let others = trace.frames.saturating_sub(1);
-        for i in 0..others {
-            let Ok(offset) = i32::try_from(trace.slots[i + 1] - regs.sp) else {
-                entry.sp = 0;
-                return None;
-            };
-            entry.offsets[i] = offset;
-            entry.expected[i] = trace.addresses[i + 1];
+        let mut places = 0;
+        for (&address, &slot) in trace.addresses().iter().zip(&trace.slots) {
+            if slot >= self.anchor {
+                break;
+            }
+            entry.offsets[places] = i32::try_from(slot - sp).ok()?;
+            entry.expected[places] = address;
+            places += 1;
         }
-        entry.groups = others.div_ceil(GROUP) as u32;
+        entry.places = places.next_multiple_of(GROUP) as u64;
+        entry.sp = sp;
         Some(entry)
     }
 
-    /// Forgets all.
+    /// From now on only what lies below `anchor` is looked at. What is remembered so far will hardly recur.
+    pub fn set_anchor(&mut self, anchor: u64) {
+        self.clear();
+        self.anchor = anchor;
+    }
+
+    pub fn has_anchor(&self) -> bool {
+        self.anchor != u64::MAX
+    }
+
+    /// Forgets all, the anchor too.
     pub fn clear(&mut self) {
+        self.anchor = u64::MAX;
         self.entries.iter_mut().for_each(|entry| entry.sp = 0);
     }
 }
 
 impl Remembered {
     /// # Safety
-    /// All places are readable from this stack pointer.
+    /// All places are readable from this stack pointer. With `GATHER` the processor gathers.
     #[inline(always)]
-    unsafe fn still_there(&self, sp: u64) -> bool {
-        for group in 0..self.groups as usize {
+    unsafe fn still_there<const GATHER: bool>(&self, sp: u64) -> bool {
+        // SAFETY: `places` is at most PLACES; the caller's promise holds for each.
+        unsafe {
+            if GATHER {
+                return self.gather(sp);
+            }
             let mut differ = 0;
-            for i in group * GROUP..(group + 1) * GROUP {
-                // SAFETY: there are at most LONGEST places; the caller's promise holds for each.
-                unsafe {
-                    let place = sp.wrapping_add_signed(*self.offsets.get_unchecked(i) as i64) as *const u64;
-                    differ |= place.read() ^ *self.expected.get_unchecked(i);
-                }
+            for i in 0..self.places as usize {
+                let place = sp.wrapping_add_signed(*self.offsets.get_unchecked(i) as i64) as *const u64;
+                differ |= place.read() ^ *self.expected.get_unchecked(i);
             }
-            if differ != 0 {
-                return false;
-            }
+            differ == 0
         }
-        true
     }
+
+    /// # Safety
+    /// As for `still_there`, on a processor with AVX2.
+    #[inline(always)]
+    unsafe fn gather(&self, sp: u64) -> bool {
+        let different: u8;
+        // SAFETY: reads the places and the two arrays, a group at a time and at least one group; writes registers.
+        unsafe {
+            std::arch::asm!(
+                "xor {i:e}, {i:e}",
+                "vpxor xmm0, xmm0, xmm0",
+                "2:",
+                "vmovdqu xmm1, [{entry} + {i} * 4 + {offsets}]",
+                "vpcmpeqd ymm2, ymm2, ymm2",
+                "vpgatherdq ymm3, [{sp} + xmm1], ymm2",
+                "vpxor ymm3, ymm3, [{entry} + {i} * 8 + {expected}]",
+                "vpor ymm0, ymm0, ymm3",
+                "vmovdqu xmm1, [{entry} + {i} * 4 + {offsets} + 16]",
+                "vpcmpeqd ymm2, ymm2, ymm2",
+                "vpgatherdq ymm3, [{sp} + xmm1], ymm2",
+                "vpxor ymm3, ymm3, [{entry} + {i} * 8 + {expected} + 32]",
+                "vpor ymm0, ymm0, ymm3",
+                "add {i}, 8",
+                "cmp {i}, [{entry} + {places}]",
+                "jb 2b",
+                "vptest ymm0, ymm0",
+                "setnz {different}",
+                "vzeroupper",
+                entry = in(reg) self,
+                sp = in(reg) sp,
+                i = out(reg) _,
+                offsets = const offset_of!(Remembered, offsets),
+                expected = const offset_of!(Remembered, expected),
+                places = const offset_of!(Remembered, places),
+                different = lateout(reg_byte) different,
+                out("xmm0") _, out("xmm1") _, out("xmm2") _, out("xmm3") _,
+                options(nostack, readonly),
+            );
+        }
+        different == 0
+    }
+}
+
+/// Whether the processor reads scattered places faster with one instruction than with several. Allocates: at load
+/// only.
+pub fn gathers() -> bool {
+    // Some processors have it mended in microcode, which made it many times slower.
+    let mended = std::fs::read_to_string("/sys/devices/system/cpu/vulnerabilities/gather_data_sampling")
+        .is_ok_and(|state| state.contains("Microcode"));
+    std::arch::is_x86_feature_detected!("avx2") && !mended
 }

@@ -61,22 +61,34 @@ impl Stacks {
         Stacks { callers: Callers::new(), memory: Memory::new(), known: Table::new(), trace: Trace::new() }
     }
 
-    /// The stack at these registers, if it is one of those met lately.
+    /// The stack from this stack pointer on, if it is one of those met lately.
     ///
     /// # Safety
-    /// `regs` are those of a call in progress on this process's stack.
-    #[inline]
-    pub unsafe fn recall(&mut self, regs: Regs) -> Option<&mut Remembered> {
+    /// `sp` is that of a call in progress on this process's stack.
+    pub unsafe fn recall(&mut self, sp: u64) -> Option<&mut Remembered> {
         // SAFETY: the caller's promise.
-        let (key, innermost) = unsafe { (self.callers.key(regs), *(regs.sp as *const u64)) };
-        self.memory.recall(regs, innermost, key)
+        let key = unsafe { self.callers.key(sp) };
+        self.memory.recall(sp, key)
+    }
+
+    /// The same where it is most likely found.
+    ///
+    /// # Safety
+    /// As for `recall`. With `GATHER` the processor gathers.
+    #[inline(always)]
+    pub unsafe fn recall_first<const GATHER: bool>(&mut self, sp: u64) -> Option<&mut Remembered> {
+        // SAFETY: the caller's promise.
+        unsafe {
+            let key = self.callers.key(sp);
+            self.memory.recall_first::<GATHER>(sp, key)
+        }
     }
 
     /// Walks the stack at these registers and remembers it. Its id, or 0 when the dictionary is full; and the place
     /// for what the ledger finds out about it, unless it is too long to be remembered.
     ///
     /// # Safety
-    /// As for `recall`.
+    /// `regs` are those of a call in progress on this process's stack.
     #[inline(never)]
     pub unsafe fn capture(
         &mut self,
@@ -99,11 +111,25 @@ impl Stacks {
             return (stack, None);
         }
         // SAFETY: the caller's promise.
-        let key = unsafe { self.callers.key(regs) };
-        (stack, self.memory.learn(regs, key, &self.trace, stack).map(|r| &mut r.home))
+        let key = unsafe { self.callers.key(regs.sp) };
+        (stack, self.memory.learn(regs.sp, key, &self.trace, stack).map(|r| &mut r.home))
     }
 
-    /// What was remembered was walked by other rules.
+    /// Between two statements, from a hook that the server's loop of statements has called: that loop is never left,
+    /// so the frames below it need not be looked at again. Once per process.
+    pub fn anchor(&mut self, unwinder: &mut Unwinder, regs: Regs, share: &Share) {
+        if self.memory.has_anchor() {
+            return;
+        }
+        unwinder.walk(regs, MAX_FRAMES, &mut self.trace, &share.modules);
+        let (start, end) = unwinder.statement_loop;
+        let inside = self.trace.addresses().iter().position(|&ip| ip > start && ip <= end);
+        // The slot after the loop's own holds where the loop would return to. Not found: nothing is an anchor.
+        let anchor = inside.and_then(|i| self.trace.slots[..self.trace.frames].get(i + 1));
+        self.memory.set_anchor(anchor.copied().unwrap_or(u64::MAX - 1));
+    }
+
+    /// What was remembered was walked by other rules, or in another process.
     pub fn forget(&mut self) {
         self.memory.clear();
     }

@@ -106,6 +106,13 @@ fn rule_of(row: &UnwindTableRow<usize, OnStack>) -> Option<Rule> {
     Some(Rule { kind, cfa_offset: i32::try_from(offset).ok()?, bp_offset: i32::try_from(bp_offset).ok()? })
 }
 
+/// Start and end of the function, or the part of it, that an address lies in.
+pub fn function(module: &Module, address: u64) -> Option<(u64, u64)> {
+    let Sections { header, frames, bases } = sections(module)?;
+    let fde = header.table()?.fde_for_address(&frames, &bases, address, EhFrame::cie_from_offset).ok()?;
+    Some((fde.initial_address(), fde.end_address()))
+}
+
 /// The functions to look at before a module's frame pointers are trusted.
 const PROBES: usize = 200;
 const FEWEST: usize = 16;

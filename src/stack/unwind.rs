@@ -54,6 +54,8 @@ pub struct Unwinder {
     top: u64,
     /// The module walked most, the server itself, if it keeps frame pointers.
     fast: (u64, u64),
+    /// The server's loop of statements, `PostgresMain`; (0, 0) if unknown.
+    pub statement_loop: (u64, u64),
 }
 
 impl Unwinder {
@@ -63,15 +65,24 @@ impl Unwinder {
             rule: Rule { kind: Kind::Unknown, cfa_offset: 0, bp_offset: 0 },
             frame_pointers: false,
         };
-        Unwinder { modules: Modules::new(), rules: [empty; RULES], lowest: 0, top: 0, fast: (0, 0) }
+        Unwinder {
+            modules: Modules::new(),
+            rules: [empty; RULES],
+            lowest: 0,
+            top: 0,
+            fast: (0, 0),
+            statement_loop: (0, 0),
+        }
     }
 
     /// Reads the process's modules and the ends of its stack. Allocates: at load only.
-    pub fn prepare(&mut self, names: &Dictionary) {
+    pub fn prepare(&mut self, statement_loop: u64, names: &Dictionary) {
         self.modules.set_main_path();
         self.modules.refresh(names);
         let (lowest, top) = stack_ends().unwrap_or((0, 0));
         (self.lowest, self.top) = (lowest, top);
+        self.statement_loop =
+            self.modules.find(statement_loop, names).and_then(|m| rules::function(m, statement_loop)).unwrap_or((0, 0));
         self.trust_frame_pointers(true, names);
     }
 
