@@ -74,8 +74,15 @@ class Session:
 
     def __call__(self, sql):
         """Runs SQL, returns its output lines joined; raises SqlError."""
+        self.send(sql)
+        return self.receive()
+
+    def send(self, sql):
+        """Starts SQL; `receive` waits for it."""
         self.process.stdin.write(sql.rstrip(";\n ") + "\n;\n\\echo <done>\n")
         self.process.stdin.flush()
+
+    def receive(self):
         lines = []
         for line in self.process.stdout:
             if line == "<done>\n":

@@ -111,6 +111,15 @@ leaky_context(PG_FUNCTION_ARGS)
 	PG_RETURN_VOID();
 }
 
+/* leaky_query(size int): a chunk for each call that stays until the query ends, in ExecutorState */
+PG_FUNCTION_INFO_V1(leaky_query);
+Datum
+leaky_query(PG_FUNCTION_ARGS)
+{
+	*(volatile char *) MemoryContextAlloc(fcinfo->flinfo->fn_mcxt, PG_GETARG_INT32(0)) = 42;
+	PG_RETURN_INT32(1);
+}
+
 /* leaky_move(count int, size int): chunks in a child of TopMemoryContext, which then moves below CacheMemoryContext */
 PG_FUNCTION_INFO_V1(leaky_move);
 Datum

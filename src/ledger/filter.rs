@@ -32,7 +32,7 @@ impl Filter {
         *place -= (*place != u8::MAX) as u8;
     }
 
-    #[cfg(test)]
+    #[inline(always)]
     pub fn may_have(&self, address: u64) -> bool {
         self.0[(address >> ALIGNMENT) as usize % PLACES] != 0
     }

@@ -304,6 +304,9 @@ impl Ledger {
     /// `hold` in the commonest case of exact mode; false, and nothing done, in any other.
     #[inline(always)]
     pub fn hold_exactly(&mut self, address: u64, size: u64, context: u32, site: u32, epoch: u32) -> bool {
+        if FILTERED && self.filter.may_have(address) {
+            return false;
+        }
         let held = self.pending.put_free(address, Chunk { size, site, context, epoch, cell: 0, level: 0 });
         if held && FILTERED {
             self.filter.add(address);
@@ -342,6 +345,10 @@ impl Ledger {
         stamp: Stamp,
         sites: &impl Sites,
     ) {
+        if self.filter.may_have(address) {
+            // The address is alive again: if it has a record, the free of that was missed.
+            self.free_record(address, sites);
+        }
         let chunk = Chunk { size, site, context, epoch: stamp.epoch, cell, level: level as u16 };
         self.expect(address);
         if let Some((displaced, chunk)) = self.pending.put(address, chunk) {

@@ -13,7 +13,6 @@ use crate::settings::{self, Mode};
 use crate::share::Share;
 use crate::share::pool::Cursor;
 use crate::share::row::Row;
-use crate::share::slot::Slot;
 use crate::stack::Trace;
 
 /// Maps the shared tables, reads the modules, and registers what has to happen at fork and exit.
@@ -182,17 +181,10 @@ impl Process {
         self.ledger.relax();
     }
 
-    pub fn forget_if_asked(&mut self, slot: &Slot) {
-        if slot.reset_pending()
-            && let Some(share) = self.share
-        {
-            self.forget(&share, slot);
-        }
-    }
-
     /// Somebody asked to forget: start again, with now as the baseline.
     #[cold]
-    fn forget(&mut self, share: &Share, slot: &Slot) {
+    pub fn forget(&mut self) {
+        let (Some(share), Some(slot)) = (self.share, self.slot()) else { return };
         let wanted = slot.resets_wanted.load(Acquire);
         self.ledger.clear();
         self.walk.forget(self.now, &mut self.aside);
@@ -205,6 +197,10 @@ impl Process {
         self.epoch = 1;
         slot.resets_done.store(wanted, Release);
         self.follow_settings();
+        if self.has_messages {
+            // The baseline is what is there when the statement at hand is done.
+            self.walk.hurry();
+        }
     }
 }
 

@@ -192,6 +192,12 @@ impl Process {
         store(&slot.captures, captures);
     }
 
+    /// Somebody wants the history forgotten, which must come before what is allocated from now on.
+    #[inline(always)]
+    fn must_forget(&self) -> bool {
+        self.own_slot.is_some_and(Slot::reset_pending)
+    }
+
     /// What seldom changes.
     fn publish_all(&self, slot: &Slot) {
         self.publish(slot);
@@ -225,6 +231,9 @@ impl Process {
     /// An allocation whose cell asks for it. `pending`: its end may come before anybody looks.
     #[inline]
     fn follow(&mut self, context: MemoryContext, chunk: u64, size: u64, regs: Regs, cell: u16, pending: bool) {
+        if self.must_forget() {
+            self.forget();
+        }
         let Some(share) = &self.share else { return };
         let decision = self.ledger.ask(cell, size, self.epoch, share);
         if decision == Decision::Skip {
@@ -308,7 +317,6 @@ impl Process {
             return;
         }
         let Some(slot) = self.slot() else { return };
-        self.forget_if_asked(slot);
         // SAFETY: a plain read of the server's global.
         if self.kind != unsafe { pg_sys::MyBackendType } {
             self.follow_settings();
@@ -371,6 +379,8 @@ impl Process {
         unsafe { self.walk.moved.look() };
         if self.ledger.held_bytes() != self.held {
             self.held = self.ledger.held_bytes();
+            // The statement may have taken long.
+            self.now = now();
             self.walk.note_held(self.held, self.now);
         }
         if self.walk.is_due(self.now) {
@@ -386,7 +396,9 @@ impl Process {
         if let Some(share) = &self.share {
             self.stacks.anchor(&mut self.unwinder, regs, share);
         }
-        self.forget_if_asked(slot);
+        if slot.reset_pending() {
+            self.forget();
+        }
         if slot.walks.load(Relaxed) == 0 {
             self.walk.hurry();
         }
@@ -483,6 +495,7 @@ pub unsafe fn allocated_again<const GATHER: bool>(context: MemoryContext, chunk:
     let process = unsafe { current() };
     // SAFETY: the caller's promise.
     if process.quick
+        && !process.must_forget()
         && let Some(known) = unsafe { process.stacks.recall_first::<GATHER>(sp) }
         && known.home.context == context as u64
         && known.home.changes == process.ledger.context_changes()

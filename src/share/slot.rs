@@ -38,6 +38,7 @@ pub const POSTMASTER: i32 = -1;
 
 impl Slot {
     /// Whether the owner still has to follow a wish to forget; its accounts count as empty until then.
+    #[inline(always)]
     pub fn reset_pending(&self) -> bool {
         self.resets_wanted.load(Acquire) != self.resets_done.load(Acquire)
     }

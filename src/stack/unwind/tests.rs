@@ -3,7 +3,7 @@ use crate::share::Share;
 
 fn unwinder(share: &Share) -> Box<Unwinder> {
     let mut unwinder = Box::new(Unwinder::new());
-    unwinder.prepare(&share.modules);
+    unwinder.prepare(0, &share.modules);
     unwinder
 }
 
@@ -22,20 +22,21 @@ fn the_dwarf_walk_agrees_with_the_backtrace_crate() {
     let share = Share::map(1, 64, false).unwrap();
     let mut unwinder = unwinder(&share);
     deep(20, &mut || {
-        let mut ours = [0; MAX_FRAMES];
+        let mut ours = Trace::new();
         let mut theirs = Vec::new();
-        let (n, cut) = with_registers(&mut |regs| {
+        with_registers(&mut |regs| {
             backtrace::trace(|frame| {
                 theirs.push(frame.ip() as u64);
                 true
             });
-            unwinder.walk(regs, &mut ours, &share.modules)
+            unwinder.walk(regs, MAX_FRAMES, &mut ours, &share.modules)
         });
-        assert!(!cut);
+        assert!(!ours.cut);
+        let ours = ours.addresses();
         // The innermost frames are of the two walkers themselves; from a common caller on they are equal.
         let start = theirs.iter().position(|&ip| ip == ours[1]).expect("our caller is in their walk");
         let theirs: Vec<u64> = theirs[start..].iter().copied().filter(|&ip| ip != 0).collect();
-        let common = theirs.len().min(n - 1);
+        let common = theirs.len().min(ours.len() - 1);
         assert!(common > 20);
         assert_eq!(&ours[1..=common], &theirs[..common]);
     });
@@ -45,9 +46,10 @@ fn the_dwarf_walk_agrees_with_the_backtrace_crate() {
 fn a_foreign_stack_is_not_read() {
     let share = Share::map(1, 64, false).unwrap();
     let mut unwinder = unwinder(&share);
-    let mut out = [0; MAX_FRAMES];
+    let mut trace = Trace::new();
     for sp in [0, 8, 7, unwinder.top, unwinder.top - 7, u64::MAX - 7, 1 << 47] {
-        assert_eq!(unwinder.walk(Regs { sp, bp: sp }, &mut out, &share.modules), (0, true));
+        unwinder.walk(Regs { sp, bp: sp }, MAX_FRAMES, &mut trace, &share.modules);
+        assert_eq!((trace.frames, trace.cut), (0, true));
     }
 }
 
@@ -55,13 +57,13 @@ fn a_foreign_stack_is_not_read() {
 fn a_broken_frame_pointer_cuts_the_walk() {
     let share = Share::map(1, 64, false).unwrap();
     let mut unwinder = unwinder(&share);
-    let mut out = [0; MAX_FRAMES];
+    let mut trace = Trace::new();
     with_registers(&mut |regs| {
         // As if every module kept frame pointers: whatever the register holds, no read leaves the stack.
         unwinder.fast = (1, u64::MAX);
         for bp in [1, 8, regs.sp - 4096, unwinder.top - 8, unwinder.top, u64::MAX - 15, u64::MAX] {
-            let (n, cut) = unwinder.walk(Regs { bp, ..regs }, &mut out, &share.modules);
-            assert!(cut && n <= 2, "bp {bp:#x} gave {n} frames");
+            unwinder.walk(Regs { bp, ..regs }, MAX_FRAMES, &mut trace, &share.modules);
+            assert!(trace.cut && trace.frames <= 2, "bp {bp:#x} gave {} frames", trace.frames);
         }
     });
 }
@@ -104,23 +106,77 @@ fn frame_pointers_and_dwarf_give_the_same_stack() {
     extern "C" fn compare(both: *mut u8) {
         // SAFETY: the test passes its own Both.
         let both = unsafe { &mut *both.cast::<Both>() };
-        let mut walks = [[0u64; MAX_FRAMES]; 2];
-        let mut frames = [(0, false); 2];
+        let mut walks = [const { Trace::new() }; 2];
         with_registers(&mut |regs| {
             let start = with_frame_pointer as *const () as u64;
             for (i, fast) in [(start, start + 64), (0, 0)].into_iter().enumerate() {
                 both.unwinder.fast = fast;
-                frames[i] = both.unwinder.walk(regs, &mut walks[i], &both.share.modules);
+                both.unwinder.walk(regs, MAX_FRAMES, &mut walks[i], &both.share.modules);
             }
         });
-        assert_eq!(frames[0], frames[1]);
-        assert!(!frames[0].1);
-        assert_eq!(walks[0], walks[1]);
-        both.compared = frames[0].0;
+        assert!(!walks[0].cut && !walks[1].cut);
+        assert_eq!(walks[0].addresses(), walks[1].addresses());
+        both.compared = walks[0].frames;
     }
     let share = Share::map(1, 64, false).unwrap();
     let mut both = Both { share, unwinder: unwinder(&share), compared: 0 };
     // SAFETY: the naked function passes the pointer on to `compare` and touches nothing else.
     unsafe { with_frame_pointer(compare, (&raw mut both).cast(), 10) };
     assert!(both.compared > 15);
+}
+
+/// Calls `f` some frames deeper, on one of two ways that take the same room.
+fn on_way(way: usize, f: &mut dyn FnMut()) {
+    #[inline(never)]
+    fn one(f: &mut dyn FnMut()) {
+        f();
+        std::hint::black_box(1);
+    }
+    #[inline(never)]
+    fn other(f: &mut dyn FnMut()) {
+        f();
+        std::hint::black_box(2);
+    }
+    let ways = std::hint::black_box([one as fn(&mut dyn FnMut()), other]);
+    ways[way](f);
+    std::hint::black_box(way);
+}
+
+#[test]
+fn a_remembered_stack_is_recalled_and_no_other() {
+    use crate::ledger::region::Budget;
+    use crate::stack::{Stacks, memory};
+    let share = Share::map(1, 1024, false).unwrap();
+    let mut unwinder = unwinder(&share);
+    let (mut walking, mut remembering) = (Box::new(Stacks::new()), Box::new(Stacks::new()));
+    let mut budget = Budget::new(1 << 20);
+    let (mut ids, mut recalled) = (std::collections::HashSet::new(), 0);
+    for (depth, way) in (0..3).flat_map(|_| (0..20).flat_map(|depth| [(depth, 0), (depth, 1)])) {
+        deep(depth, &mut || {
+            on_way(way, &mut || {
+                with_registers(&mut |regs| {
+                    // SAFETY: the registers of this very call.
+                    unsafe {
+                        let walked = walking.capture(&mut unwinder, regs, MAX_FRAMES, &share, &mut budget).0;
+                        ids.insert(walked);
+                        if memory::gathers()
+                            && let Some(known) = remembering.recall_first::<true>(regs.sp)
+                        {
+                            assert_eq!(known.stack, walked);
+                        }
+                        match remembering.recall(regs.sp) {
+                            Some(known) => {
+                                assert_eq!(known.stack, walked);
+                                recalled += 1;
+                            }
+                            None => drop(remembering.capture(&mut unwinder, regs, MAX_FRAMES, &share, &mut budget)),
+                        }
+                    }
+                })
+            })
+        });
+    }
+    assert_eq!(ids.len(), 40, "the two ways differ in one return address only");
+    // Of 120 visits the first to each stack cannot be recalled, and some are too long.
+    assert!((40..=80).contains(&recalled), "{recalled}");
 }

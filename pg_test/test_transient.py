@@ -1,0 +1,80 @@
+"""What starts as transient and does not stay so: queries that grow, contexts that move below long-lived ones."""
+
+import time
+
+import pytest
+
+
+@pytest.fixture
+def session(exact):
+    session = exact.session()
+    yield session
+    session.close()
+
+
+def running(cluster, pid):
+    return cluster.sql(f"SELECT state FROM pg_stat_activity WHERE pid = {pid}") == "active"
+
+
+def test_a_query_that_leaks_into_its_own_context_is_attributed_while_it_runs(exact, session):
+    session("SET rheap.adopt_bytes = '1MB'")
+    session("SET work_mem = '64kB'")
+    # Nothing that it does touches a context that is watched already.
+    start = time.monotonic()
+    session.send("SELECT sum(leaky_query(100)) FROM generate_series(1, 8000000)")
+    where = "function = 'leaky_query' AND context LIKE '%/ExecutorState'"
+    seen = []
+    while running(exact, session.pid):
+        seen += exact.rows(f"SELECT live_bytes, live_count FROM rheap_call_sites({session.pid}) WHERE {where}")
+        time.sleep(0.1)
+    assert session.receive() == "8000000"
+    assert time.monotonic() - start > 0.5, "too quick to have been looked into"
+    assert len(seen) > 2, "attributed only when it was over"
+    sizes = [row["live_bytes"] for row in seen]
+    assert sizes == sorted(sizes) and sizes[0] < sizes[-1]
+    assert all(row["live_bytes"] == 100 * row["live_count"] for row in seen)
+    # Before a megabyte it was not watched; the largest that was seen is less than all.
+    assert 1_000_000 < sizes[-1] < 800_000_000
+    [after] = exact.rows(f"SELECT live_count, free_count FROM rheap_call_sites({session.pid}) WHERE {where}")
+    assert after["live_count"] == 0
+    assert 7_000_000 < after["free_count"] < 8_000_000
+
+
+def test_prepared_statements_are_attributed_to_their_statement_and_their_code(exact, session):
+    count = 2000
+    for i in range(count):
+        session(f"PREPARE p{i:04} AS SELECT relname FROM pg_class WHERE oid = {i:04}")
+    plans = "TopMemoryContext/CacheMemoryContext/CachedPlanSource"
+    sites = exact.rows(
+        "SELECT function, context, live_count, live_bytes, free_count, query_id, to_json(stack) AS stack, exact "
+        f"FROM rheap_call_sites({session.pid}) WHERE context LIKE '{plans}%'"
+    )
+    # The first of each name was found after it had moved; every other one was watched from birth.
+    [source] = [s for s in sites if s["context"] == plans and any("CreateCachedPlan" in f for f in s["stack"][:3])
+                and s["live_bytes"] == max(t["live_bytes"] for t in sites if t["context"] == plans)]
+    assert source["live_count"] % (count - 1) == 0 and source["exact"]
+    queries = [s for s in sites if s["context"] == f"{plans}/CachedPlanQuery"]
+    assert any("CompleteCachedPlan" in f for s in queries for f in s["stack"])
+    statement = exact.sql("EXPLAIN (VERBOSE) SELECT relname FROM pg_class WHERE oid = 1")
+    identifier = int(next(l for l in statement.splitlines() if "Query Identifier" in l).split(":")[1])
+    assert {s["query_id"] for s in queries} == {identifier}
+    # Nothing of it lies elsewhere: what is attributed is nearly all that the contexts hold.
+    session("SELECT pg_sleep(0.3)")
+    session("SELECT 1")
+    held = {r["path"]: r for r in exact.rows(
+        f"SELECT path, contexts, used_bytes, watched FROM rheap_contexts({session.pid}) WHERE path LIKE '{plans}%'")}
+    assert held[plans]["contexts"] == held[f"{plans}/CachedPlanQuery"]["contexts"] == count
+    for path, row in held.items():
+        attributed = sum(s["live_bytes"] for s in sites if s["context"] == path)
+        assert row["watched"]
+        assert 0.5 * row["used_bytes"] < attributed < row["used_bytes"], path
+
+
+def test_prepared_statements_that_are_deallocated_hold_nothing(exact, session):
+    for i in range(50):
+        session(f"PREPARE p{i} AS SELECT relname FROM pg_class WHERE oid = {i}")
+    session("DEALLOCATE ALL")
+    held = exact.rows(
+        f"SELECT function, live_count FROM rheap_call_sites({session.pid}) WHERE context LIKE '%CachedPlan%' AND live_count > 0"
+    )
+    assert held == []
