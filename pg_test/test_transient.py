@@ -18,24 +18,30 @@ def running(cluster, pid):
 
 def test_a_query_that_leaks_into_its_own_context_is_attributed_while_it_runs(exact, session):
     session("SET rheap.adopt_bytes = '1MB'")
-    session("SET work_mem = '64kB'")
-    # Nothing that it does touches a context that is watched already.
+    session("SET rheap.memory_limit = '1GB'")
     start = time.monotonic()
     session.send("SELECT sum(leaky_query(100)) FROM generate_series(1, 8000000)")
     where = "function = 'leaky_query' AND context LIKE '%/ExecutorState'"
     seen = []
     while running(exact, session.pid):
-        seen += exact.rows(f"SELECT live_bytes, live_count FROM rheap_call_sites({session.pid}) WHERE {where}")
+        seen += exact.rows(
+            "SELECT sum(live_bytes) AS live_bytes, sum(live_count) AS live_count "
+            f"FROM rheap_call_sites({session.pid}) WHERE {where} HAVING sum(live_count) > 0"
+        )
         time.sleep(0.1)
     assert session.receive() == "8000000"
     assert time.monotonic() - start > 0.5, "too quick to have been looked into"
     assert len(seen) > 2, "attributed only when it was over"
     sizes = [row["live_bytes"] for row in seen]
-    assert sizes == sorted(sizes) and sizes[0] < sizes[-1]
+    # Growing all the time, until the context goes at the end of the query.
+    growing = sizes[: sizes.index(max(sizes)) + 1]
+    assert growing == sorted(growing) and len(growing) > 2
     assert all(row["live_bytes"] == 100 * row["live_count"] for row in seen)
     # Before a megabyte it was not watched; the largest that was seen is less than all.
-    assert 1_000_000 < sizes[-1] < 800_000_000
-    [after] = exact.rows(f"SELECT live_count, free_count FROM rheap_call_sites({session.pid}) WHERE {where}")
+    assert 100_000_000 < max(sizes) < 800_000_000
+    [after] = exact.rows(
+        f"SELECT sum(live_count) AS live_count, sum(free_count) AS free_count FROM rheap_call_sites({session.pid}) WHERE {where}"
+    )
     assert after["live_count"] == 0
     assert 7_000_000 < after["free_count"] < 8_000_000
 
@@ -49,10 +55,10 @@ def test_prepared_statements_are_attributed_to_their_statement_and_their_code(ex
         "SELECT function, context, live_count, live_bytes, free_count, query_id, to_json(stack) AS stack, exact "
         f"FROM rheap_call_sites({session.pid}) WHERE context LIKE '{plans}%'"
     )
-    # The first of each name was found after it had moved; every other one was watched from birth.
-    [source] = [s for s in sites if s["context"] == plans and any("CreateCachedPlan" in f for f in s["stack"][:3])
-                and s["live_bytes"] == max(t["live_bytes"] for t in sites if t["context"] == plans)]
-    assert source["live_count"] % (count - 1) == 0 and source["exact"]
+    # The first was found after it had moved, already filled; every other one was watched from birth.
+    assert all(s["exact"] for s in sites)
+    created = [s for s in sites if s["function"] == "CreateCachedPlan" and s["context"] == plans and s["live_count"]]
+    assert created and all(s["live_count"] % (count - 1) == 0 for s in created), created
     queries = [s for s in sites if s["context"] == f"{plans}/CachedPlanQuery"]
     assert any("CompleteCachedPlan" in f for s in queries for f in s["stack"])
     statement = exact.sql("EXPLAIN (VERBOSE) SELECT relname FROM pg_class WHERE oid = 1")

@@ -376,7 +376,7 @@ impl Process {
             self.between_statements(slot, regs);
         }
         // SAFETY: between two statements the tree is consistent.
-        unsafe { self.walk.moved.look() };
+        unsafe { crate::walk::moved::look(self) };
         if self.ledger.held_bytes() != self.held {
             self.held = self.ledger.held_bytes();
             // The statement may have taken long.

@@ -1,6 +1,6 @@
 //! Reads the context tree into a bounded time series per context path.
 
-mod moved;
+pub mod moved;
 pub mod path;
 
 use std::sync::atomic::Ordering::*;
@@ -137,11 +137,7 @@ pub unsafe fn walk(process: &mut Process, slot: &Slot) {
             let is_watched = hook::table_of(context) == MethodTable::Watch;
             watched += is_watched as u32;
             if is_watched {
-                let Process { ledger, sites, slot, .. } = process;
-                let (slot, share) = (*slot, &share);
-                ledger.reparent(context as u64, path, share, |ledger, stack, path, cell| {
-                    Process::open_site(ledger, sites, share, slot, stack, path, cell)
-                });
+                reparent(process, context, path);
             }
             let seen = measure(context, is_watched);
             total += seen.total_bytes;
@@ -170,6 +166,15 @@ pub unsafe fn walk(process: &mut Process, slot: &Slot) {
     process.walk.next = process.walk.earliest.max(now + settings::walk_interval_ms() as i64 * 1000);
     process.walk.held = process.ledger.held_bytes();
     process.walk.fresh = true;
+}
+
+/// What a context holds moves to the accounts of its path, if that has changed. Nothing is pending.
+fn reparent(process: &mut Process, context: MemoryContext, path: u32) {
+    let Process { ledger, sites, slot, share: Some(share), .. } = process else { return };
+    let (slot, share) = (*slot, &*share);
+    ledger.reparent(context as u64, path, share, |ledger, stack, path, cell| {
+        Process::open_site(ledger, sites, share, slot, stack, path, cell)
+    });
 }
 
 /// # Safety

@@ -1,9 +1,10 @@
 //! Contexts that were built under a transient parent and then moved below a long-lived one: cached plans, relation
 //! descriptors. The first of a name is found here, already filled; its name is learned, so that all later ones are
-//! watched from birth.
+//! watched from birth, and their books move with them.
 
 use crate::hook;
 use crate::pg_compat::MemoryContext;
+use crate::process::Process;
 use pgrx::pg_sys;
 
 /// A move puts a context before its new siblings: as many of them as are looked at.
@@ -16,20 +17,22 @@ impl Moved {
     pub const fn new() -> Self {
         Moved([std::ptr::null_mut(); 2])
     }
+}
 
-    /// Learns from what has moved since the last look. Between two statements; a few loads when nothing has.
-    ///
-    /// # Safety
-    /// The tree is consistent.
-    #[inline]
-    pub unsafe fn look(&mut self) {
-        // SAFETY: the links of a consistent tree.
-        unsafe {
-            for (last, parent) in self.0.iter_mut().zip([pg_sys::CacheMemoryContext, pg_sys::TopMemoryContext]) {
-                if !parent.is_null() && *last != (*parent).firstchild {
-                    *last = (*parent).firstchild;
-                    learn_from(*last);
-                }
+/// Learns from what has moved since the last look. Between two statements, with nothing pending; a few loads when
+/// nothing has moved.
+///
+/// # Safety
+/// The tree is consistent.
+#[inline]
+pub unsafe fn look(process: &mut Process) {
+    // SAFETY: the links of a consistent tree.
+    unsafe {
+        for (i, parent) in [pg_sys::CacheMemoryContext, pg_sys::TopMemoryContext].into_iter().enumerate() {
+            let last = process.walk.moved.0[i];
+            if !parent.is_null() && last != (*parent).firstchild {
+                process.walk.moved.0[i] = (*parent).firstchild;
+                look_at_new(process, (*parent).firstchild, last);
             }
         }
     }
@@ -38,18 +41,41 @@ impl Moved {
 /// # Safety
 /// As for `look`.
 #[cold]
-unsafe fn learn_from(first: MemoryContext) {
+unsafe fn look_at_new(process: &mut Process, first: MemoryContext, last: MemoryContext) {
     // SAFETY: the caller's promise.
     unsafe {
         let mut context = first;
         for _ in 0..NEIGHBOURS {
-            if context.is_null() {
+            if context.is_null() || context == last {
                 return;
             }
             if hook::long_lived(context) {
                 adopt(context);
             }
+            follow(process, context);
             context = (*context).nextchild;
+        }
+    }
+}
+
+/// The books of a context and its children go where these are now.
+///
+/// # Safety
+/// As for `look`.
+unsafe fn follow(process: &mut Process, context: MemoryContext) {
+    // SAFETY: the caller's promise.
+    unsafe {
+        if hook::table_of(context) != hook::Table::Watch {
+            return;
+        }
+        if let Some(share) = process.share {
+            let path = super::path::path_of(context, &share);
+            super::reparent(process, context, path);
+        }
+        let mut child = (*context).firstchild;
+        while !child.is_null() {
+            follow(process, child);
+            child = (*child).nextchild;
         }
     }
 }
