@@ -11,6 +11,7 @@
 #include <unistd.h>
 
 #include "fmgr.h"
+#include "port/atomics.h"
 #include "lib/stringinfo.h"
 #include "miscadmin.h"
 #include "utils/builtins.h"
@@ -118,6 +119,69 @@ leaky_query(PG_FUNCTION_ARGS)
 {
 	*(volatile char *) MemoryContextAlloc(fcinfo->flinfo->fn_mcxt, PG_GETARG_INT32(0)) = 42;
 	PG_RETURN_INT32(1);
+}
+
+/*
+ * leaky_sites(first int, count int, size int): a chunk on each of count call paths, which are made of the bits of the
+ * numbers from first on
+ */
+static MemoryContext sites = NULL;
+
+static void pg_noinline site_even(int bits, int depth, int size);
+static void pg_noinline site_odd(int bits, int depth, int size);
+
+static inline void
+site_step(int bits, int depth, int size)
+{
+	if (depth == 0)
+		*(volatile char *) MemoryContextAlloc(sites, size) = 42;
+	else if (bits & 1)
+		site_odd(bits >> 1, depth - 1, size);
+	else
+		site_even(bits >> 1, depth - 1, size);
+}
+
+static void pg_noinline
+site_even(int bits, int depth, int size)
+{
+	site_step(bits, depth, size);
+	/* no tail call: each step has a frame */
+	pg_compiler_barrier();
+}
+
+static void pg_noinline
+site_odd(int bits, int depth, int size)
+{
+	site_step(bits, depth, size);
+	pg_compiler_barrier();
+}
+
+PG_FUNCTION_INFO_V1(leaky_sites);
+Datum
+leaky_sites(PG_FUNCTION_ARGS)
+{
+	if (sites == NULL)
+		sites = AllocSetContextCreate(TopMemoryContext, "leaky sites", ALLOCSET_DEFAULT_SIZES);
+	for (int i = 0; i < PG_GETARG_INT32(1); i++)
+		site_step(PG_GETARG_INT32(0) + i, 12, PG_GETARG_INT32(2));
+	PG_RETURN_VOID();
+}
+
+/* leaky_tree(count int): so many contexts below one, ten levels deep */
+PG_FUNCTION_INFO_V1(leaky_tree);
+Datum
+leaky_tree(PG_FUNCTION_ARGS)
+{
+	MemoryContext root = AllocSetContextCreate(TopMemoryContext, "leaky tree", ALLOCSET_SMALL_SIZES);
+	MemoryContext at = root;
+
+	for (int i = 0; i < PG_GETARG_INT32(0); i++)
+	{
+		if (i % 10 == 0)
+			at = root;
+		at = AllocSetContextCreate(at, "leaky leaf", ALLOCSET_SMALL_SIZES);
+	}
+	PG_RETURN_VOID();
 }
 
 /* leaky_move(count int, size int): chunks in a child of TopMemoryContext, which then moves below CacheMemoryContext */

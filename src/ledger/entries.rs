@@ -28,18 +28,6 @@ impl Record {
     }
 }
 
-impl Entry for Record {
-    fn key(&self) -> u64 {
-        self.address
-    }
-    fn chain(&self) -> u32 {
-        self.chain
-    }
-    fn set_chain(&mut self, next: u32) {
-        self.chain = next;
-    }
-}
-
 /// A context that holds records, or held some since it was made.
 #[derive(Clone, Copy, Default)]
 pub struct Context {

@@ -10,6 +10,7 @@ pub mod account;
 pub mod cells;
 mod entries;
 pub mod filter;
+mod index;
 mod pending;
 pub mod region;
 pub mod sampling;
@@ -19,6 +20,7 @@ use account::{Site, Stamp};
 use cells::Cells;
 use entries::{Context, Record, SiteKey};
 use filter::Filter;
+use index::Index;
 use pending::{Chunk, Pending};
 use region::Budget;
 use sampling::{ONE, Rate, Rates, Rng};
@@ -63,7 +65,7 @@ const FILTERED: bool = cfg!(not(feature = "pg15"));
 
 pub struct Ledger {
     budget: Budget,
-    records: Table<Record>,
+    records: Index,
     contexts: Table<Context>,
     sites: Table<SiteKey>,
     pub cells: Cells,
@@ -95,7 +97,7 @@ impl Ledger {
     pub const fn new(limit: usize, seed: u64) -> Self {
         Ledger {
             budget: Budget::new(limit),
-            records: Table::new(),
+            records: Index::new(),
             contexts: Table::new(),
             sites: Table::new(),
             cells: Cells::new(),
@@ -301,12 +303,29 @@ impl Ledger {
         self.quick
     }
 
+    /// `hold` in exact mode where `hold_exactly` would displace a chunk: that gets its record.
+    #[inline]
+    pub fn hold_displacing(
+        &mut self,
+        address: u64,
+        size: u64,
+        context: u32,
+        site: u32,
+        stamp: Stamp,
+        sites: &impl Sites,
+    ) {
+        self.expect(address);
+        let chunk = Chunk { size, site, context, epoch: stamp.epoch, cell: 0, level: 0 };
+        match self.pending.put(address, chunk) {
+            Some((displaced, chunk)) if displaced != address => self.settle(displaced, chunk, stamp, sites),
+            Some((_, chunk)) => self.pair(address, &chunk, stamp, sites),
+            None => (),
+        }
+    }
+
     /// `hold` in the commonest case of exact mode; false, and nothing done, in any other.
     #[inline(always)]
     pub fn hold_exactly(&mut self, address: u64, size: u64, context: u32, site: u32, epoch: u32) -> bool {
-        if FILTERED && self.filter.may_have(address) {
-            return false;
-        }
         let held = self.pending.put_free(address, Chunk { size, site, context, epoch, cell: 0, level: 0 });
         if held && FILTERED {
             self.filter.add(address);
@@ -345,10 +364,6 @@ impl Ledger {
         stamp: Stamp,
         sites: &impl Sites,
     ) {
-        if self.filter.may_have(address) {
-            // The address is alive again: if it has a record, the free of that was missed.
-            self.free_record(address, sites);
-        }
         let chunk = Chunk { size, site, context, epoch: stamp.epoch, cell, level: level as u16 };
         self.expect(address);
         if let Some((displaced, chunk)) = self.pending.put(address, chunk) {
@@ -380,8 +395,8 @@ impl Ledger {
     fn settle(&mut self, address: u64, chunk: Chunk, stamp: Stamp, sites: &impl Sites) {
         let Chunk { size, context, site, level, epoch, .. } = chunk;
         self.settled += 1;
-        self.record(address, size, context, site, level as u8, Stamp { epoch, ..stamp }, sites);
         self.unexpect(address);
+        self.record(address, size, context, site, level as u8, Stamp { epoch, ..stamp }, sites);
     }
 
     /// The free of a pending chunk has to come through the filter.
@@ -421,7 +436,9 @@ impl Ledger {
         stamp: Stamp,
         sites: &impl Sites,
     ) {
-        self.free_record(address, sites);
+        if self.filter.may_have(address) {
+            self.free_record(address, sites);
+        }
         let mut id = self.insert(address, size, context, site, level, stamp);
         if id == 0 {
             self.thin(sites);
@@ -483,7 +500,7 @@ impl Ledger {
         let context = self.contexts.get_mut(record.context);
         context.records -= 1;
         context.bytes -= record.size();
-        self.records.remove(id, Record::default());
+        self.records.remove(id);
         record
     }
 

@@ -162,6 +162,10 @@ proptest! {
             match op {
                 Op::Alloc { chunk, size, context, stack } => {
                     alloc(&mut ledger, &sites, address(chunk), size, context * 64, context as u32, stack, epoch);
+                    if model.live.contains_key(&address(chunk)) {
+                        // A free was missed: the old record goes when the new one is made.
+                        ledger.flush(true, at(epoch), &sites);
+                    }
                     model.alloc(address(chunk), size, context, stack);
                 }
                 Op::Free { chunk } => {
@@ -172,6 +176,7 @@ proptest! {
                     if let Some(old) = model.live.remove(&address(chunk)) {
                         ledger.free(address(chunk), at(epoch), &sites);
                         alloc(&mut ledger, &sites, address(to), size, old.context * 64, old.path, stack, epoch);
+                        ledger.flush(true, at(epoch), &sites);
                         model.alloc(address(to), size, old.context, stack);
                     }
                 }

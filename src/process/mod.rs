@@ -310,6 +310,28 @@ impl Process {
         self.at_once += 1;
     }
 
+    /// `allocated_again` where many chunks stay.
+    #[inline(never)]
+    fn hold_displacing(&mut self, chunk: u64, size: u64, context: u32, site: u32) {
+        let stamp = self.stamp();
+        let Some(share) = &self.share else { return };
+        self.ledger.hold_displacing(chunk, size, context, site, stamp, share);
+        self.looks = self.looks.wrapping_sub(1);
+        if self.looks == 0 || !self.ledger.is_exact() {
+            self.pause();
+        }
+    }
+
+    /// Time for a look at the clock in the middle of the short way.
+    #[cold]
+    fn pause(&mut self) {
+        self.enter();
+        if let Some(slot) = self.slot() {
+            self.look(slot);
+        }
+        self.leave(State::Ready);
+    }
+
     /// An allocation in a process that is not driven by messages, or not yet.
     #[cold]
     fn allocated_alone(&mut self, context: MemoryContext, chunk: u64, size: u64, regs: Regs, cell: u16) {
@@ -500,7 +522,11 @@ pub unsafe fn allocated_again<const GATHER: bool>(context: MemoryContext, chunk:
         && known.home.context == context as u64
         && known.home.changes == process.ledger.context_changes()
     {
-        return process.ledger.hold_exactly(chunk, size, known.home.context_id, known.home.site, process.epoch);
+        let (context, site) = (known.home.context_id, known.home.site);
+        if !process.ledger.hold_exactly(chunk, size, context, site, process.epoch) {
+            process.hold_displacing(chunk, size, context, site);
+        }
+        return true;
     }
     false
 }

@@ -1,0 +1,92 @@
+"""Instructions per statement: `postgres --single` under callgrind, N statements against 2N. Counts repeat to a few
+digits, whatever else the machine does."""
+
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+from cluster import USER, _demote, run
+
+
+class SingleUser:
+    """A data folder that is worked on in single-user mode."""
+
+    def __init__(self, pg_config):
+        self.bin = Path(subprocess.check_output([pg_config, "--bindir"], text=True).strip())
+        self.root = Path(tempfile.mkdtemp(prefix="rheap-bench-"))
+        if _demote():
+            shutil.chown(self.root, USER)
+        self.root.chmod(0o755)
+        run(self.bin / "initdb", "-D", self.root / "data", "-U", "postgres", "-A", "trust", "-N")
+        self.single(
+            "CREATE TABLE accounts (aid int PRIMARY KEY, balance int)\n"
+            "INSERT INTO accounts SELECT g, 0 FROM generate_series(1, 100000) g\n"
+            "VACUUM ANALYZE accounts\n"
+        )
+
+    def single(self, statements, *settings, under=()):
+        done = subprocess.run(
+            [*map(str, under), str(self.bin / "postgres"), "--single", "-D", str(self.root / "data"), *settings, "postgres"],
+            input=statements, text=True, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, cwd="/", **_demote(),
+        )
+        if done.returncode != 0:
+            raise RuntimeError(done.stderr[-2000:])
+
+    def counted(self, statements, settings):
+        out = self.root / "callgrind"
+        self.single(statements, *settings, under=["valgrind", "--tool=callgrind", f"--callgrind-out-file={out}"])
+        totals = [l for l in out.read_text().splitlines() if l.startswith(("summary:", "totals:"))]
+        out.unlink()
+        return int(totals[-1].split()[1])
+
+    def per_statement(self, statements, n, settings=()):
+        """Instructions of one more statement; `statements(n)` gives n of them."""
+        return (self.counted(statements(2 * n), settings) - self.counted(statements(n), settings)) / n
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        shutil.rmtree(self.root, ignore_errors=True)
+
+
+def point_selects(n):
+    lines = ["PREPARE p(int) AS SELECT balance FROM accounts WHERE aid = $1"]
+    lines += [f"EXECUTE p({i * 37 % 100000 + 1})" for i in range(n)]
+    return "\n".join(lines) + "\n"
+
+
+def bound_by_palloc(n):
+    # A row more is a statement more here: the query is one, over n rows.
+    return f"SELECT sum(length(random()::text)) FROM generate_series(1, {n})\n"
+
+
+def settings(mode, scope="session"):
+    return ["-c", "shared_preload_libraries=rheap", "-c", f"rheap.mode={mode}", "-c", f"rheap.scope={scope}"]
+
+
+def percent(base, value):
+    return f"{(value - base) * 100 / base:+.2f} %"
+
+
+def rows(pg_config, major):
+    """(what, measured, to reach)"""
+    with SingleUser(pg_config) as server:
+        base = server.per_statement(point_selects, 1000)
+        yield f"{major}: prepared point select, without rheap", f"{base:,.0f} instructions", ""
+        goals = {"off": "", "sampled": "+1.0 %", "exact": "+3.0 %" if major == 15 else "+4.0 %"}
+        for mode, goal in goals.items():
+            value = server.per_statement(point_selects, 1000, settings(mode))
+            yield f"{major}: prepared point select, {mode}", percent(base, value), goal
+        for mode in ("sampled", "exact"):
+            value = server.per_statement(point_selects, 1000, settings(mode, "all"))
+            yield f"{major}: prepared point select, {mode}, scope all", percent(base, value), ""
+        rows = 100_000
+        base = server.per_statement(bound_by_palloc, rows)
+        yield f"{major}: sum(length(random()::text)), a row, without rheap", f"{base:,.0f} instructions", ""
+        goal = "+0.5 %" if major == 15 else "+1.5 %"
+        value = server.per_statement(bound_by_palloc, rows, settings("sampled"))
+        yield f"{major}: sum(length(random()::text)), sampled", percent(base, value), goal
+        value = server.per_statement(bound_by_palloc, rows, settings("sampled", "all"))
+        yield f"{major}: sum(length(random()::text)), sampled, scope all", percent(base, value), ""

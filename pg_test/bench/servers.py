@@ -1,0 +1,214 @@
+"""What needs a running server: wall times in alternating runs, memory, readers."""
+
+import re
+import shutil
+import statistics
+import subprocess
+import time
+from pathlib import Path
+
+from cluster import HERE, Cluster, run
+
+LEAK = "SELECT sum(random()) FROM generate_series(1, 10000000)"
+
+
+def timed(session, sql):
+    start = time.monotonic()
+    session(sql)
+    return time.monotonic() - start
+
+
+def alternating(clusters, measure, rounds):
+    """Medians of `measure(cluster)` by name; the machine's speed swings, so that only what ran together compares."""
+    times = {name: [] for name in clusters}
+    for _ in range(rounds):
+        for name, cluster in clusters.items():
+            times[name].append(measure(cluster))
+    return {name: statistics.median(t) for name, t in times.items()}
+
+
+def leaked_pallocs(pg_config, rounds=3):
+    """10,000,000 leaked pallocs in one session: each run in a session of its own, as the leak stays in it."""
+
+    def once(cluster):
+        session = cluster.session()
+        try:
+            session("SELECT 1")
+            return timed(session, LEAK)
+        finally:
+            session.close()
+
+    heaptrack = shutil.which("heaptrack")
+    with Cluster(pg_config, preload="") as plain, Cluster(
+        pg_config, rheap__mode="exact", rheap__memory_limit="1GB"
+    ) as exact, Cluster(pg_config) as sampled:
+        clusters = {"without": plain, "exact": exact, "sampled": sampled}
+        medians = alternating(clusters, once, rounds)
+        base = medians["without"]
+        yield "10,000,000 leaked pallocs, without rheap", f"{base:.2f} s", ""
+        yield "the same, exact, memory_limit 1GB", f"{medians['exact'] / base:.2f} times", "1.5 times"
+        yield "the same, sampled", f"{medians['sampled'] / base:.2f} times", ""
+        yield "the same under heaptrack", under_heaptrack(plain, base) if heaptrack else "not installed", ""
+        yield "the same under a uprobe on palloc", under_uprobe(plain, base), ""
+
+
+def under_heaptrack(cluster, base):
+    session = cluster.session()
+    out = cluster.root / "heaptrack"
+    attached = subprocess.Popen(
+        ["heaptrack", "-o", str(out), "-p", str(session.pid)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    try:
+        for line in attached.stdout:
+            if "injection finished" in line:
+                break
+        else:
+            return "could not attach"
+        return f"{timed(session, LEAK) / base:.2f} times"
+    finally:
+        session.close()
+        try:
+            attached.wait(60)
+        except subprocess.TimeoutExpired:
+            attached.kill()
+
+
+def under_uprobe(cluster, base):
+    if not shutil.which("bpftrace"):
+        return "bpftrace is not installed"
+    session = cluster.session()
+    program = f'uprobe:{cluster.bin}/postgres:palloc {{ @[ustack(20)] = count(); }}'
+    probe = subprocess.Popen(
+        ["bpftrace", "-p", str(session.pid), "-e", program], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    try:
+        first = probe.stdout.readline()
+        if "Attaching" not in first:
+            return f"bpftrace cannot run here: {first.strip()[:60]}"
+        time.sleep(2)
+        return f"{timed(session, LEAK) / base:.2f} times"
+    finally:
+        session.close()
+        probe.terminate()
+
+
+def connection_storm(pg_config, rounds=5, connections=1000):
+    """5,000 connections each way, one after another, in alternating runs."""
+
+    def once(cluster):
+        start = time.monotonic()
+        cluster.pgbench("-n", "-C", "-S", "-c", "2", "-t", str(connections // 2))
+        return time.monotonic() - start
+
+    with Cluster(pg_config, preload="") as plain, Cluster(pg_config) as sampled:
+        for cluster in (plain, sampled):
+            cluster.pgbench("-i", "-q")
+        medians = alternating({"without": plain, "sampled": sampled}, once, rounds)
+        yield (
+            f"{rounds * connections:,} connections, {connections / medians['without']:.0f} per second without rheap",
+            f"{(medians['sampled'] / medians['without'] - 1) * 100:+.1f} %",
+            "+2 %",
+        )
+
+
+def own_memory(cluster, pid):
+    return cluster.rows(f"SELECT own_bytes FROM rheap_processes({pid})")[0]["own_bytes"]
+
+
+def private_bytes(pid):
+    """Private memory of a process that is backed by nothing else, from the kernel."""
+    text = Path(f"/proc/{pid}/smaps_rollup").read_text()
+    return sum(int(kb) for kb in re.findall(r"^Private_(?:Clean|Dirty): +(\d+) kB", text, re.M)) * 1024
+
+
+def memory(pg_config):
+    def idle(cluster):
+        session = cluster.session()
+        session("SELECT count(*) FROM pg_class")
+        return session, private_bytes(session.pid)
+
+    with Cluster(pg_config, preload="") as plain, Cluster(pg_config) as sampled:
+        idle(plain)
+        without = statistics.median(idle(plain)[1] for _ in range(5))
+        idle(sampled)
+        session, _ = idle(sampled)
+        with_rheap = statistics.median(idle(sampled)[1] for _ in range(5))
+        yield (
+            "an idle backend: own_bytes, and private memory more than without rheap",
+            f"{own_memory(sampled, session.pid) / 1024:,.0f} kB, {(with_rheap - without) / 1024:,.0f} kB",
+            "1 MB",
+        )
+    for limit in ("32MB", "1GB"):
+        with Cluster(pg_config, rheap__mode="exact", rheap__memory_limit=limit) as cluster:
+            session = cluster.session()
+            session(LEAK)
+            own = own_memory(cluster, session.pid)
+            [row] = cluster.rows(
+                f"SELECT sum(live_count) AS n FROM rheap_call_sites({session.pid}) WHERE function = 'drandom'"
+            )
+            yield f"{row['n']:,} live chunks, memory_limit {limit}: own_bytes", f"{own / 1048576:,.0f} MB", limit
+
+
+def readers(pg_config, backends=100, sites=2000):
+    """rheap_leaks() with many backends and call sites, all of them leaks; cold: the first call of a session."""
+    with Cluster(pg_config, max_connections=backends + 20, rheap__mode="exact", rheap__min_leak_bytes="0") as cluster:
+        cluster.run_file(HERE / "modules/leaky.sql")
+        share = sites // backends
+        for i in range(backends):
+            session = cluster.session()
+            for _ in range(5):
+                session(f"SELECT leaky_sites({i * share}, {share}, 100)")
+        cold, warm = [], []
+        for _ in range(3):
+            reader = cluster.session()
+            reader("SELECT 1")
+            cold.append(timed(reader, "SELECT count(*) FROM rheap_leaks()"))
+            warm += [timed(reader, "SELECT count(*) FROM rheap_leaks()") for _ in range(3)]
+            found = reader("SELECT count(*) FROM rheap_leaks() WHERE context ~ 'leaky sites'")
+            reader.close()
+        yield (
+            f"rheap_leaks(), {backends} backends, {found} leaks: cold, warm",
+            f"{statistics.median(cold) * 1000:,.0f} ms, {statistics.median(warm) * 1000:,.0f} ms",
+            "1 s, 300 ms",
+        )
+
+
+def pgbench_select(pg_config, clients=(1, 10, 100)):
+    with Cluster(pg_config, preload="", max_connections=120) as plain, Cluster(pg_config, max_connections=120) as sampled:
+        for cluster in (plain, sampled):
+            cluster.pgbench("-i", "-q")
+        for n in clients:
+
+            def once(cluster):
+                out = cluster.pgbench("-n", "-S", "-M", "prepared", "-c", str(n), "-j", "2", "-T", "4")
+                return 1 / float(re.search(r"tps = ([\d.]+)", out).group(1))
+
+            medians = alternating({"without": plain, "sampled": sampled}, once, 5)
+            yield (
+                f"pgbench -S -M prepared, {n} clients, {1 / medians['without']:,.0f} tps without rheap",
+                f"{(medians['sampled'] / medians['without'] - 1) * 100:+.1f} % time",
+                "flat",
+            )
+
+
+def walks(pg_config, contexts=(100, 1000, 10_000, 50_000)):
+    """One walk of a tree of so many contexts, and its part of the process's time."""
+    with Cluster(pg_config, rheap__walk_interval="10ms") as cluster:
+        cluster.run_file(HERE / "modules/leaky.sql")
+        for n in contexts:
+            session = cluster.session()
+            session(f"SELECT leaky_tree({n})")
+            before = cluster.rows(f"SELECT walks, walk_seconds FROM rheap_processes({session.pid})")[0]
+            start = time.monotonic()
+            while time.monotonic() - start < 3:
+                session("SELECT 1")
+            passed = time.monotonic() - start
+            after = cluster.rows(f"SELECT walks, walk_seconds FROM rheap_processes({session.pid})")[0]
+            count = after["walks"] - before["walks"]
+            spent = after["walk_seconds"] - before["walk_seconds"]
+            session.close()
+            yield (
+                f"walk of {n:,} contexts more, walk_interval 10ms",
+                f"{spent / max(count, 1) * 1e6:,.0f} us each, {spent * 100 / passed:.2f} % of the time",
+                "linear, 1 %",
+            )

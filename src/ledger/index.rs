@@ -1,0 +1,168 @@
+//! The records of followed chunks, found by address.
+//!
+//! Chunks that are allocated one after another lie near each other, and their records should too: addresses are
+//! hashed by the stretch of memory that they lie in, and each stretch has a short list of its records. An allocation
+//! therefore touches memory that the last one touched, and so does the free of its neighbour.
+
+use super::entries::Record;
+use super::region::{Budget, Region};
+use super::table::{Entry, Table};
+
+/// Addresses of a stretch share all bits above this one.
+const STRETCH: u32 = 10;
+
+#[derive(Clone, Copy, Default)]
+struct Stretch {
+    /// Plus 1, so that it is never 0.
+    number: u64,
+    /// Id of its first record; there is one as long as the stretch is known.
+    head: u32,
+    chain: u32,
+}
+
+impl Entry for Stretch {
+    fn key(&self) -> u64 {
+        self.number
+    }
+    fn chain(&self) -> u32 {
+        self.chain
+    }
+    fn set_chain(&mut self, next: u32) {
+        self.chain = next;
+    }
+}
+
+/// Records by address. Ids start at 1; 0 is "none".
+pub struct Index {
+    records: Region<Record>,
+    stretches: Table<Stretch>,
+    /// Id of the stretch that was used last.
+    last: u32,
+    high: u32,
+    free: u32,
+    live: u32,
+}
+
+#[inline]
+fn number(address: u64) -> u64 {
+    (address >> STRETCH) + 1
+}
+
+impl Index {
+    pub const fn new() -> Self {
+        Index { records: Region::new(), stretches: Table::new(), last: 0, high: 0, free: 0, live: 0 }
+    }
+
+    /// Records in use.
+    pub fn count(&self) -> usize {
+        self.live as usize
+    }
+
+    /// The highest id given out so far; ids up to here may be unused, which their address 0 tells.
+    pub fn high(&self) -> u32 {
+        self.high
+    }
+
+    #[inline]
+    pub fn get(&self, id: u32) -> &Record {
+        self.records.get(id as usize)
+    }
+
+    #[inline]
+    pub fn get_mut(&mut self, id: u32) -> &mut Record {
+        self.records.get_mut(id as usize)
+    }
+
+    /// Id of the stretch of an address, or 0 if it has no records.
+    #[inline]
+    fn stretch(&self, address: u64) -> u32 {
+        if self.last != 0 && self.stretches.get(self.last).number == number(address) {
+            return self.last;
+        }
+        self.stretches.find(number(address))
+    }
+
+    /// Id of the record of a chunk, or 0.
+    #[inline]
+    pub fn find(&self, address: u64) -> u32 {
+        let stretch = self.stretch(address);
+        if stretch == 0 {
+            return 0;
+        }
+        let mut id = self.stretches.get(stretch).head;
+        while id != 0 {
+            let record = self.records.get(id as usize);
+            if record.address == address {
+                return id;
+            }
+            id = record.chain;
+        }
+        0
+    }
+
+    /// Adds a record and returns its id, or 0 when the budget is exhausted.
+    #[inline]
+    pub fn insert(&mut self, mut record: Record, budget: &mut Budget) -> u32 {
+        let id = if self.free != 0 {
+            self.free
+        } else {
+            let id = self.high + 1;
+            if id as usize >= self.records.capacity() && !self.records.grow(budget) {
+                return 0;
+            }
+            id
+        };
+        let stretch = self.stretch(record.address);
+        if stretch != 0 {
+            let head = &mut self.stretches.get_mut(stretch).head;
+            record.chain = *head;
+            *head = id;
+            self.last = stretch;
+        } else {
+            record.chain = 0;
+            self.last = self.stretches.insert(Stretch { number: number(record.address), head: id, chain: 0 }, budget);
+            if self.last == 0 {
+                return 0;
+            }
+        }
+        if id == self.free {
+            self.free = self.records.get(id as usize).chain;
+        } else {
+            self.high = id;
+        }
+        *self.records.get_mut(id as usize) = record;
+        self.live += 1;
+        id
+    }
+
+    /// Removes a record by its id.
+    pub fn remove(&mut self, id: u32) {
+        let record = *self.records.get(id as usize);
+        let stretch = self.stretch(record.address);
+        debug_assert!(stretch != 0, "a record's stretch is known");
+        let head = self.stretches.get(stretch).head;
+        if head != id {
+            let mut at = head;
+            while self.records.get(at as usize).chain != id {
+                at = self.records.get(at as usize).chain;
+                debug_assert!(at != 0, "a record is in the list of its stretch");
+            }
+            self.records.get_mut(at as usize).chain = record.chain;
+        } else if record.chain != 0 {
+            self.stretches.get_mut(stretch).head = record.chain;
+        } else {
+            self.stretches.remove(stretch, Stretch::default());
+            self.last = 0;
+        }
+        *self.records.get_mut(id as usize) = Record { chain: self.free, ..Record::default() };
+        self.free = id;
+        self.live -= 1;
+    }
+
+    /// Forgets everything and gives the memory back.
+    pub fn clear(&mut self, budget: &mut Budget) {
+        self.records.release(budget);
+        self.stretches.clear(budget);
+        (self.last, self.high, self.free, self.live) = (0, 0, 0, 0);
+    }
+}
