@@ -9,7 +9,7 @@
 
 use super::sampling::{Rate, Rates, Rng};
 
-pub const CELLS: usize = 2048;
+pub const CELLS: usize = 1024;
 
 /// Allocations that every cell has recorded before it may be sampled.
 const FIRST: u32 = 256;
@@ -39,6 +39,10 @@ pub struct Cells {
     /// counts them down by itself.
     pub gaps: [i64; CELLS],
     cells: [Cell; CELLS],
+    /// No cell has been asked anything yet.
+    fresh: bool,
+    /// The level of all cells while the process starts; 0 afterwards.
+    starting: u8,
     /// The mode's own rate.
     rate: Rate,
     /// No cell is followed more densely than this: the memory is used up.
@@ -47,14 +51,16 @@ pub struct Cells {
 
 impl Cells {
     pub const fn new() -> Self {
-        Cells { gaps: [0; CELLS], cells: [NEW; CELLS], rate: 0, floor: 0 }
+        Cells { gaps: [0; CELLS], cells: [NEW; CELLS], fresh: true, starting: 0, rate: 0, floor: 0 }
     }
 
     /// Every allocation is asked for.
     pub fn all(&mut self) {
         self.gaps.fill(0);
-        self.cells.fill(NEW);
-        (self.rate, self.floor) = (0, 0);
+        if !std::mem::replace(&mut self.fresh, true) {
+            self.cells.fill(NEW);
+        }
+        (self.rate, self.floor, self.starting) = (0, 0, 0);
     }
 
     /// No allocation is asked for.
@@ -76,10 +82,10 @@ impl Cells {
         let mut draws = [0; 64];
         draws.fill_with(|| rates.gap(level, rng));
         let shift = rng.next() as usize;
-        for (i, (gap, cell)) in self.gaps.iter_mut().zip(&mut self.cells).enumerate() {
+        for (i, gap) in self.gaps.iter_mut().enumerate() {
             *gap = draws[(i ^ shift).wrapping_add(i >> 6) % 64];
-            cell.level = level;
         }
+        self.starting = level;
     }
 
     /// No cell shall be followed more densely than this from now on.
@@ -88,6 +94,8 @@ impl Cells {
         if self.rate == 0 {
             return;
         }
+        self.starting = 0;
+        self.fresh = false;
         for i in 0..CELLS {
             if rates.rate(self.cells[i].level) < floor {
                 self.draw(i, floor, rates, rng);
@@ -107,7 +115,7 @@ impl Cells {
 
     /// Whether a site of this cell may have lost allocations.
     pub fn is_sampled(&self, cell: u16) -> bool {
-        self.cells[cell as usize].level != 0
+        self.starting != 0 || self.cells[cell as usize % CELLS].level != 0
     }
 
     /// An allocation whose cell's gap is used up: returns the level to record it with, and whether the cell has just
@@ -115,6 +123,11 @@ impl Cells {
     #[inline]
     pub fn ask(&mut self, cell: u16, epoch: u32, rates: &mut Rates, rng: &mut Rng) -> (u8, bool) {
         let index = cell as usize % CELLS;
+        if self.starting != 0 {
+            self.gaps[index] = rates.gap(self.starting, rng);
+            return (self.starting, false);
+        }
+        self.fresh = false;
         let c = &mut self.cells[index];
         let level = c.level;
         c.recorded += 1;
@@ -149,13 +162,17 @@ impl Cells {
     /// A recorded chunk of this cell was freed at once.
     #[inline]
     pub fn paired(&mut self, cell: u16) {
-        self.cells[cell as usize % CELLS].paired += 1;
+        if !self.fresh {
+            self.cells[cell as usize % CELLS].paired += 1;
+        }
     }
 
     /// A recorded chunk of this cell outlived its statement.
     #[inline]
     pub fn kept(&mut self, cell: u16) {
-        self.cells[cell as usize % CELLS].kept += 1;
+        if !self.fresh {
+            self.cells[cell as usize % CELLS].kept += 1;
+        }
     }
 }
 

@@ -655,11 +655,22 @@ impl Ledger {
 
     /// Forgets everything and gives the memory back; the rates stay.
     pub fn clear(&mut self) {
+        // A process that was forked has few records of its parent's; most of the filter is not its own yet and should
+        // not become so.
+        if self.records.count() > filter::PLACES / 64 || !self.pending.is_empty() {
+            self.filter.clear();
+        } else {
+            for id in 1..=self.records.high() {
+                let address = self.records.get(id).address;
+                if address != 0 {
+                    self.filter.remove(address);
+                }
+            }
+        }
         self.records.clear(&mut self.budget);
         self.contexts.clear(&mut self.budget);
         self.sites.clear(&mut self.budget);
         self.pending.clear();
-        self.filter.clear();
         self.last_context = 0;
         self.context_changes = self.context_changes.wrapping_add(1);
         self.held = 0;

@@ -100,7 +100,9 @@ impl Pending {
     }
 
     pub fn clear(&mut self) {
-        self.addresses.fill(0);
+        if !self.is_empty() {
+            self.addresses.fill(0);
+        }
         (self.put, self.taken) = (0, 0);
     }
 }

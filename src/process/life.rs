@@ -149,7 +149,7 @@ impl Process {
         // SAFETY: a plain read of the server's global.
         self.kind = unsafe { pg_sys::MyBackendType };
         let followed = settings::Followed::now();
-        if followed.stack_depth != self.followed.stack_depth {
+        if followed.stack_depth != self.followed.stack_depth && self.followed.stack_depth != 0 {
             self.stacks.forget();
         }
         if (followed.mode, followed.walk_interval) != (self.followed.mode, self.followed.walk_interval)

@@ -278,7 +278,15 @@ impl Process {
         let (stack, home) = unsafe {
             match self.stacks.recall(regs.sp) {
                 Some(known) => (known.stack, Some(&mut known.home)),
-                None => self.stacks.capture(&mut self.unwinder, regs, settings::stack_depth(), &share, &mut self.aside),
+                // What a process allocates while it starts hardly recurs.
+                None => self.stacks.capture(
+                    &mut self.unwinder,
+                    regs,
+                    settings::stack_depth(),
+                    self.has_messages,
+                    &share,
+                    &mut self.aside,
+                ),
             }
         };
         let site = if id == 0 || stack == 0 {

@@ -127,9 +127,8 @@ impl Memory {
         Some(entry)
     }
 
-    /// From now on only what lies below `anchor` is looked at. What is remembered so far will hardly recur.
+    /// What is learned from now on is only looked at below `anchor`.
     pub fn set_anchor(&mut self, anchor: u64) {
-        self.clear();
         self.anchor = anchor;
     }
 
@@ -140,7 +139,8 @@ impl Memory {
     /// Forgets all, the anchor too.
     pub fn clear(&mut self) {
         self.anchor = u64::MAX;
-        self.entries.iter_mut().for_each(|entry| entry.sp = 0);
+        // Memory that a child has from its parent and has not touched yet should stay so.
+        self.entries.iter_mut().filter(|entry| entry.sp != 0).for_each(|entry| entry.sp = 0);
     }
 }
 

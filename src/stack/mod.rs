@@ -84,7 +84,7 @@ impl Stacks {
         }
     }
 
-    /// Walks the stack at these registers and remembers it. Its id, or 0 when the dictionary is full; and the place
+    /// Walks the stack at these registers, and remembers it if that is wanted. Its id, or 0 when the dictionary is full; and the place
     /// for what the ledger finds out about it, unless it is too long to be remembered.
     ///
     /// # Safety
@@ -95,6 +95,7 @@ impl Stacks {
         unwinder: &mut Unwinder,
         regs: Regs,
         depth: usize,
+        remember: bool,
         share: &Share,
         budget: &mut Budget,
     ) -> (u32, Option<&mut Home>) {
@@ -107,7 +108,7 @@ impl Stacks {
             0 => self.learn(unwinder, hash, share, budget),
             id => self.known.get(id).stack,
         };
-        if stack == 0 || self.trace.frames == 0 {
+        if stack == 0 || self.trace.frames == 0 || !remember {
             return (stack, None);
         }
         // SAFETY: the caller's promise.

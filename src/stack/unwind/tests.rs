@@ -157,7 +157,7 @@ fn a_remembered_stack_is_recalled_and_no_other() {
                 with_registers(&mut |regs| {
                     // SAFETY: the registers of this very call.
                     unsafe {
-                        let walked = walking.capture(&mut unwinder, regs, MAX_FRAMES, &share, &mut budget).0;
+                        let walked = walking.capture(&mut unwinder, regs, MAX_FRAMES, true, &share, &mut budget).0;
                         ids.insert(walked);
                         if memory::gathers()
                             && let Some(known) = remembering.recall_first::<true>(regs.sp)
@@ -169,7 +169,9 @@ fn a_remembered_stack_is_recalled_and_no_other() {
                                 assert_eq!(known.stack, walked);
                                 recalled += 1;
                             }
-                            None => drop(remembering.capture(&mut unwinder, regs, MAX_FRAMES, &share, &mut budget)),
+                            None => {
+                                drop(remembering.capture(&mut unwinder, regs, MAX_FRAMES, true, &share, &mut budget))
+                            }
                         }
                     }
                 })
