@@ -19,15 +19,20 @@ def timed(session, sql):
 
 
 def alternating(clusters, measure, rounds):
-    """Medians of `measure(cluster)` by name; the machine's speed swings, so that only what ran together compares."""
-    times = {name: [] for name in clusters}
-    for _ in range(rounds):
-        for name, cluster in clusters.items():
-            times[name].append(measure(cluster))
-    return {name: statistics.median(t) for name, t in times.items()}
+    """Medians of `measure(cluster)` by name, and of the ratios to the first name within a round: the machine's speed
+    swings, so that only what ran together compares. Who begins a round changes from one to the next."""
+    names = list(clusters)
+    times = {name: [] for name in names}
+    for i in range(rounds):
+        for name in names[i % len(names):] + names[: i % len(names)]:
+            times[name].append(measure(clusters[name]))
+    base = times[names[0]]
+    return {
+        name: (statistics.median(t), statistics.median(a / b for a, b in zip(t, base))) for name, t in times.items()
+    }
 
 
-def leaked_pallocs(pg_config, rounds=3):
+def leaked_pallocs(pg_config, rounds=6):
     """10,000,000 leaked pallocs in one session: each run in a session of its own, as the leak stays in it."""
 
     def once(cluster):
@@ -43,11 +48,11 @@ def leaked_pallocs(pg_config, rounds=3):
         pg_config, rheap__mode="exact", rheap__memory_limit="1GB"
     ) as exact, Cluster(pg_config) as sampled:
         clusters = {"without": plain, "exact": exact, "sampled": sampled}
-        medians = alternating(clusters, once, rounds)
-        base = medians["without"]
+        measured = alternating(clusters, once, rounds)
+        base = measured["without"][0]
         yield "10,000,000 leaked pallocs, without rheap", f"{base:.2f} s", ""
-        yield "the same, exact, memory_limit 1GB", f"{medians['exact'] / base:.2f} times", "1.5 times"
-        yield "the same, sampled", f"{medians['sampled'] / base:.2f} times", ""
+        yield "the same, exact, memory_limit 1GB", f"{measured['exact'][1]:.2f} times", "1.5 times"
+        yield "the same, sampled", f"{measured['sampled'][1]:.2f} times", ""
         yield "the same under heaptrack", under_heaptrack(plain, base) if heaptrack else "not installed", ""
         yield "the same under a uprobe on palloc", under_uprobe(plain, base), ""
 
@@ -92,7 +97,7 @@ def under_uprobe(cluster, base):
         probe.terminate()
 
 
-def connection_storm(pg_config, rounds=5, connections=1000):
+def connection_storm(pg_config, rounds=10, connections=500):
     """5,000 connections each way, one after another, in alternating runs."""
 
     def once(cluster):
@@ -103,10 +108,10 @@ def connection_storm(pg_config, rounds=5, connections=1000):
     with Cluster(pg_config, preload="") as plain, Cluster(pg_config) as sampled:
         for cluster in (plain, sampled):
             cluster.pgbench("-i", "-q")
-        medians = alternating({"without": plain, "sampled": sampled}, once, rounds)
+        measured = alternating({"without": plain, "sampled": sampled}, once, rounds)
         yield (
-            f"{rounds * connections:,} connections, {connections / medians['without']:.0f} per second without rheap",
-            f"{(medians['sampled'] / medians['without'] - 1) * 100:+.1f} %",
+            f"{rounds * connections:,} connections, {connections / measured['without'][0]:.0f} per second without rheap",
+            f"{(measured['sampled'][1] - 1) * 100:+.1f} %",
             "+2 %",
         )
 
@@ -183,10 +188,10 @@ def pgbench_select(pg_config, clients=(1, 10, 100)):
                 out = cluster.pgbench("-n", "-S", "-M", "prepared", "-c", str(n), "-j", "2", "-T", "4")
                 return 1 / float(re.search(r"tps = ([\d.]+)", out).group(1))
 
-            medians = alternating({"without": plain, "sampled": sampled}, once, 5)
+            measured = alternating({"without": plain, "sampled": sampled}, once, 6)
             yield (
-                f"pgbench -S -M prepared, {n} clients, {1 / medians['without']:,.0f} tps without rheap",
-                f"{(medians['sampled'] / medians['without'] - 1) * 100:+.1f} % time",
+                f"pgbench -S -M prepared, {n} clients, {1 / measured['without'][0]:,.0f} tps without rheap",
+                f"{(measured['sampled'][1] - 1) * 100:+.1f} % time",
                 "flat",
             )
 

@@ -205,6 +205,7 @@ unsafe extern "C-unwind" fn first_touch_from(
 ) -> *mut c_void {
     // SAFETY: the server calls with a live context whose table is a base table; `decide` changes that.
     unsafe {
+        process::touched();
         touch::decide(context);
         match tables::table_of(context) {
             tables::Table::Watch => {

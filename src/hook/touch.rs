@@ -75,6 +75,9 @@ pub unsafe fn decide(context: MemoryContext) {
         };
         if transient {
             tables::pass(context, context == pg_sys::MessageContext);
+            if context == pg_sys::MessageContext {
+                crate::process::first_message();
+            }
         } else {
             tables::watch(context);
         }

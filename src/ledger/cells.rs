@@ -1,8 +1,8 @@
 //! How precisely each caller of the allocator is followed in `sampled` mode.
 //!
 //! Callers share cells by a hash of their return addresses. A cell is exact while it is cheap: for its first
-//! allocations, and for as long as it allocates no more often than the process has work. Then it is sampled, and
-//! sparsely once all that it ever allocated was freed at once: nobody looks for a leak in the lock that each
+//! allocations, and for as long as it allocates no more often than the process has work; all of that within a budget
+//! for the process, which grows with its work. Then it is sampled, and sparsely once all that it ever allocated was freed at once: nobody looks for a leak in the lock that each
 //! statement takes and releases. The first chunk that such a cell keeps ends that.
 //!
 //! The rate changes only at moments that do not depend on the allocation at hand, so estimates stay unbiased.
@@ -13,6 +13,10 @@ pub const CELLS: usize = 1024;
 
 /// Allocations that every cell has recorded before it may be sampled.
 const FIRST: u32 = 256;
+/// Exact records that a process may make before it has done any work, and for each unit of it, and save up.
+const BUDGET: u32 = 8;
+const GRANT: u32 = 2;
+const SAVINGS: u32 = 512;
 /// Recorded allocations between two judgements.
 const WINDOW: u32 = 64;
 /// What comes and goes is sampled this many powers of two more sparsely.
@@ -41,6 +45,8 @@ pub struct Cells {
     cells: [Cell; CELLS],
     /// No cell has been asked anything yet.
     fresh: bool,
+    /// Exact records that may still be made.
+    budget: u32,
     /// The level of all cells while the process starts; 0 afterwards.
     starting: u8,
     /// The mode's own rate.
@@ -51,7 +57,7 @@ pub struct Cells {
 
 impl Cells {
     pub const fn new() -> Self {
-        Cells { gaps: [0; CELLS], cells: [NEW; CELLS], fresh: true, starting: 0, rate: 0, floor: 0 }
+        Cells { gaps: [0; CELLS], cells: [NEW; CELLS], fresh: true, budget: 0, starting: 0, rate: 0, floor: 0 }
     }
 
     /// Every allocation is asked for.
@@ -60,7 +66,7 @@ impl Cells {
         if !std::mem::replace(&mut self.fresh, true) {
             self.cells.fill(NEW);
         }
-        (self.rate, self.floor, self.starting) = (0, 0, 0);
+        (self.rate, self.floor, self.starting, self.budget) = (0, 0, 0, BUDGET);
     }
 
     /// No allocation is asked for.
@@ -118,25 +124,42 @@ impl Cells {
         self.starting != 0 || self.cells[cell as usize % CELLS].level != 0
     }
 
-    /// An allocation whose cell's gap is used up: returns the level to record it with, and whether the cell has just
-    /// turned from exact to sampled.
+    /// The process has done a unit of work.
     #[inline]
-    pub fn ask(&mut self, cell: u16, epoch: u32, rates: &mut Rates, rng: &mut Rng) -> (u8, bool) {
+    pub fn grant(&mut self) {
+        self.budget = (self.budget + GRANT).min(SAVINGS);
+    }
+
+    /// An allocation whose cell's gap is used up: returns the level to record it with, or None to let it pass; and
+    /// whether the cell has just turned from exact to sampled.
+    #[inline]
+    pub fn ask(&mut self, cell: u16, size: u64, epoch: u32, rates: &mut Rates, rng: &mut Rng) -> (Option<u8>, bool) {
         let index = cell as usize % CELLS;
         if self.starting != 0 {
             self.gaps[index] = rates.gap(self.starting, rng);
-            return (self.starting, false);
+            return (Some(self.starting), false);
         }
         self.fresh = false;
         let c = &mut self.cells[index];
         let level = c.level;
+        if level == 0 && self.budget == 0 {
+            self.draw(index, self.rate.max(self.floor), rates, rng);
+            self.gaps[index] -= size as i64;
+            if self.gaps[index] > 0 {
+                return (None, true);
+            }
+            return (Some(self.ask(cell, size, epoch, rates, rng).0.unwrap_or(0)), true);
+        }
         c.recorded += 1;
-        if level == 0 && !c.recorded.is_multiple_of(WINDOW) {
-            return (0, false);
+        if level == 0 {
+            self.budget -= 1;
+            if !c.recorded.is_multiple_of(WINDOW) {
+                return (Some(0), false);
+            }
         }
         let rate = self.judge(index, epoch, rates);
         self.draw(index, rate, rates, rng);
-        (level, level == 0 && self.cells[index].level != 0)
+        (Some(level), level == 0 && self.cells[index].level != 0)
     }
 
     /// The rate of a cell for what it allocates from now on.
@@ -192,6 +215,7 @@ mod tests {
         fn new() -> Box<Self> {
             let mut bench = Box::new(Bench { cells: Cells::new(), rates: Rates::new(), rng: Rng::new(7) });
             bench.cells.sampled(RATE);
+            bench.cells.budget = u32::MAX / 2;
             bench
         }
 
@@ -201,8 +225,8 @@ mod tests {
             if self.cells.gaps[5] > 0 {
                 return None;
             }
-            let (level, _) = self.cells.ask(5, epoch, &mut self.rates, &mut self.rng);
-            Some(self.rates.rate(level))
+            let (level, _) = self.cells.ask(5, size as u64, epoch, &mut self.rates, &mut self.rng);
+            level.map(|level| self.rates.rate(level))
         }
     }
 
@@ -219,6 +243,15 @@ mod tests {
         assert_eq!(exact, FIRST as usize);
         assert!(hot.cells.is_sampled(5));
         assert!((0..5000).any(|_| hot.alloc(100, 1) == Some(RATE)));
+    }
+
+    #[test]
+    fn no_more_is_exact_than_the_budget_allows() {
+        let mut bench = Bench::new();
+        bench.cells.budget = BUDGET;
+        let exact = (0..100).filter(|_| bench.alloc(100, 1) == Some(0)).count();
+        assert_eq!(exact, BUDGET as usize);
+        assert!(bench.cells.is_sampled(5));
     }
 
     #[test]

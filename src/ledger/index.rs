@@ -159,6 +159,13 @@ impl Index {
         self.live -= 1;
     }
 
+    /// Forgets everything that is a parent's.
+    pub fn abandon(&mut self, budget: &mut Budget) {
+        self.records.abandon(budget);
+        self.stretches.abandon(budget);
+        (self.last, self.high, self.free, self.live) = (0, 0, 0, 0);
+    }
+
     /// Forgets everything and gives the memory back.
     pub fn clear(&mut self, budget: &mut Budget) {
         self.records.release(budget);

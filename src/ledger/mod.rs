@@ -217,11 +217,11 @@ impl Ledger {
         if let Precision::None { .. } = self.precision {
             return Decision::Skip;
         }
-        let (level, turned) = self.cells.ask(cell, epoch, &mut self.rates, &mut self.rng);
+        let (level, turned) = self.cells.ask(cell, size, epoch, &mut self.rates, &mut self.rng);
         if turned {
             self.each_site_of(|key| key.cell == cell, |site| sites.site(site).set_inexact());
         }
-        Decision::Record(level)
+        level.map_or(Decision::Skip, Decision::Record)
     }
 
     /// Id of a context, or 0 if it has none yet.
@@ -655,18 +655,23 @@ impl Ledger {
 
     /// Forgets everything and gives the memory back; the rates stay.
     pub fn clear(&mut self) {
-        // A process that was forked has few records of its parent's; most of the filter is not its own yet and should
-        // not become so.
-        if self.records.count() > filter::PLACES / 64 || !self.pending.is_empty() {
+        self.filter.clear();
+        self.empty();
+    }
+
+    /// Forgets what a process has from its parent. Marks in the filter stay if they are few: they do no harm, and most
+    /// of its memory is not the child's own yet and should not become so.
+    pub fn forget_parents(&mut self) {
+        if self.records.count() > filter::PLACES / 64 {
             self.filter.clear();
-        } else {
-            for id in 1..=self.records.high() {
-                let address = self.records.get(id).address;
-                if address != 0 {
-                    self.filter.remove(address);
-                }
-            }
         }
+        self.records.abandon(&mut self.budget);
+        self.contexts.abandon(&mut self.budget);
+        self.sites.abandon(&mut self.budget);
+        self.empty();
+    }
+
+    fn empty(&mut self) {
         self.records.clear(&mut self.budget);
         self.contexts.clear(&mut self.budget);
         self.sites.clear(&mut self.budget);

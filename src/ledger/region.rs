@@ -88,6 +88,13 @@ impl<T: Copy> Region<T> {
         true
     }
 
+    /// Forgets a mapping that belongs to the parent of a forked process: it costs the child nothing, and giving it back
+    /// would.
+    pub fn abandon(&mut self, budget: &mut Budget) {
+        budget.used -= self.bytes;
+        (self.base, self.bytes, self.capacity) = (None, 0, 0);
+    }
+
     /// Gives all memory back. The next element starts from zero.
     pub fn release(&mut self, budget: &mut Budget) {
         if let Some(base) = self.base.take() {

@@ -172,6 +172,13 @@ impl<E: Entry> Table<E> {
         *self.buckets.get_mut(new) = go;
     }
 
+    /// Forgets everything that is a parent's.
+    pub fn abandon(&mut self, budget: &mut Budget) {
+        self.entries.abandon(budget);
+        self.buckets.abandon(budget);
+        (self.bucket_count, self.high, self.free, self.live) = (0, 0, 0, 0);
+    }
+
     /// Forgets everything and gives the memory back.
     pub fn clear(&mut self, budget: &mut Budget) {
         self.entries.release(budget);

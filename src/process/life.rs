@@ -15,6 +15,12 @@ use crate::share::pool::Cursor;
 use crate::share::row::Row;
 use crate::stack::Trace;
 
+/// What a backend allocates before its first message is sampled this many powers of two more sparsely: it is much,
+/// and hardly ever a leak.
+const STARTING: u32 = 6;
+/// The same for its first message.
+const FIRST: u32 = 2;
+
 /// Maps the shared tables, reads the modules, and registers what has to happen at fork and exit.
 /// Called once per process tree, before the hooks are installed.
 ///
@@ -78,10 +84,11 @@ unsafe extern "C" fn forked_in_child() {
     process.own_slot = None;
     process.state = State::Detached;
     process.quick = false;
+    process.ticks = 0;
     if process.has_messages {
         process.stacks.forget();
     }
-    process.has_messages = false;
+    (process.has_messages, process.has_served) = (false, false);
     // Every allocation asks, so that the first one attaches.
     if process.ledger.precision() != Precision::Exact {
         process.ledger.set_precision(Precision::Exact);
@@ -124,9 +131,9 @@ impl Process {
         // SAFETY: a plain system call; the server's own variable is not set yet this early.
         self.pid = unsafe { libc::getpid() };
         self.now = now();
-        self.ledger.clear();
+        self.ledger.forget_parents();
         self.ledger.seed(self.pid as u64 ^ (self.now as u64) << 20);
-        self.walk.forget(self.now, &mut self.aside);
+        self.walk.forget_parents(self.now, &mut self.aside);
         self.sites = Cursor::default();
         self.rows = Cursor::default();
         self.epoch = 1;
@@ -152,25 +159,32 @@ impl Process {
         if followed.stack_depth != self.followed.stack_depth && self.followed.stack_depth != 0 {
             self.stacks.forget();
         }
-        if (followed.mode, followed.walk_interval) != (self.followed.mode, self.followed.walk_interval)
-            || kind != slot.backend_type.load(Relaxed)
-        {
-            let ticks = followed.mode != Mode::Off as u32 && pg_compat::allocates_much(kind as _);
-            hook::tick::every(if ticks { followed.walk_interval as u64 } else { 0 });
-        }
         hook::ask_about_all(followed.scope_all);
         self.followed = followed;
         slot.backend_type.store(kind, Relaxed);
         slot.without_messages.store(pg_compat::has_no_messages(kind) as u32, Relaxed);
         slot.mode.store(followed.mode, Relaxed);
+        let has_work = self.has_messages || slot.has_no_messages();
+        let ticks = if has_work && followed.mode != Mode::Off as u32 && pg_compat::allocates_much(kind as _) {
+            followed.walk_interval
+        } else {
+            0
+        };
+        if std::mem::replace(&mut self.ticks, ticks) != ticks {
+            hook::tick::every(ticks as u64);
+        }
         let rate = followed.sample_bytes as u64;
         let precision = match () {
-            _ if followed.mode == Mode::Off as u32 => Precision::None { ask: !self.has_messages },
+            _ if followed.mode == Mode::Off as u32 => {
+                Precision::None { ask: !self.has_messages && !self.expects_messages() }
+            }
             // What allocates little can always be exact, and a new process allocates little before its type is known.
             _ if followed.mode == Mode::Exact as u32 || !pg_compat::allocates_much(kind as _) => Precision::Exact,
-            _ if self.has_messages || slot.has_no_messages() => Precision::Sampled(rate),
+            _ if self.has_served || slot.has_no_messages() => Precision::Sampled(rate),
+            // The first statement fills caches; the many sessions that have no other should not pay for more.
+            _ if self.has_messages => Precision::SampledAtOnce(rate << FIRST),
             _ if !self.expects_messages() => Precision::Exact,
-            _ => Precision::SampledAtOnce(rate),
+            _ => Precision::SampledAtOnce(rate << STARTING),
         };
         if precision != self.ledger.precision() {
             self.flush(false);

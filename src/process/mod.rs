@@ -10,6 +10,7 @@ use std::sync::atomic::{AtomicU64, Ordering::*};
 
 use pgrx::pg_sys;
 
+use crate::hook;
 use crate::ledger::account::{Site, Stamp};
 use crate::ledger::region::Budget;
 use crate::ledger::{Decision, Ledger};
@@ -67,8 +68,14 @@ pub struct Process {
     kind: pg_sys::BackendType::Type,
     /// Set once messages arrive: then they are the epochs of work.
     has_messages: bool,
+    /// The first of them has been dealt with.
+    has_served: bool,
+    /// The first walk is to be made before anything else is allocated.
+    baseline_due: bool,
     followed: settings::Followed,
     looks: u32,
+    /// Milliseconds of processor time between two ticks; 0: none.
+    ticks: i32,
     now: i64,
     /// Bytes alive in the ledger after the last statement.
     held: u64,
@@ -107,8 +114,11 @@ pub static PROCESS: Global = Global(UnsafeCell::new(Process {
     epoch: 0,
     kind: 0,
     has_messages: false,
+    has_served: false,
+    baseline_due: false,
     followed: settings::Followed::NONE,
     looks: 0,
+    ticks: 0,
     now: 0,
     held: 0,
     passed: 0,
@@ -176,6 +186,7 @@ impl Process {
     fn next_epoch(&mut self, slot: &Slot) {
         // 0 would mean none; no process gets through them twice.
         self.epoch = self.epoch.wrapping_add(1);
+        self.ledger.cells.grant();
         slot.epoch.store(self.epoch, Relaxed);
     }
 
@@ -237,6 +248,7 @@ impl Process {
         let Some(share) = &self.share else { return };
         let decision = self.ledger.ask(cell, size, self.epoch, share);
         if decision == Decision::Skip {
+            self.passed += 1;
             return;
         }
         if let Decision::Record(level) = decision
@@ -278,12 +290,12 @@ impl Process {
         let (stack, home) = unsafe {
             match self.stacks.recall(regs.sp) {
                 Some(known) => (known.stack, Some(&mut known.home)),
-                // What a process allocates while it starts hardly recurs.
+                // What a process allocates before its second message hardly recurs.
                 None => self.stacks.capture(
                     &mut self.unwinder,
                     regs,
                     settings::stack_depth(),
-                    self.has_messages,
+                    self.has_served,
                     &share,
                     &mut self.aside,
                 ),
@@ -402,7 +414,7 @@ impl Process {
         self.now = pg_compat::statement_start();
         self.flush(true);
         self.next_epoch(slot);
-        if slot.reset_pending() || !self.has_messages || settings::changed() {
+        if slot.reset_pending() || !self.has_served || settings::changed() {
             self.between_statements(slot, regs);
         }
         // SAFETY: between two statements the tree is consistent.
@@ -429,13 +441,16 @@ impl Process {
         if slot.reset_pending() {
             self.forget();
         }
-        if slot.walks.load(Relaxed) == 0 {
-            self.walk.hurry();
-        }
         self.query_id = pg_compat::query_id_place();
+        let first = !std::mem::replace(&mut self.has_served, true);
         self.has_messages = true;
         slot.has_messages.store(1, Relaxed);
         self.follow_settings();
+        if first {
+            // The baseline is taken when the next statement begins, if there is one.
+            self.baseline_due = true;
+            hook::ask_about_all(true);
+        }
     }
 }
 
@@ -612,6 +627,36 @@ pub fn tick() {
     guarded(|p| {
         if let Some(slot) = p.slot() {
             p.look(slot);
+        }
+    });
+}
+
+/// A context is touched for the first time: in a session's second message, before anything of it is allocated in
+/// contexts that stay, the tree is walked for the baseline.
+#[inline]
+pub fn touched() {
+    // SAFETY: as for `guarded`.
+    if unsafe { current() }.baseline_due {
+        guarded(|p| {
+            p.baseline_due = false;
+            p.follow_settings();
+            p.walk.hurry();
+            if let Some(slot) = p.slot() {
+                p.look(slot);
+            }
+        });
+    }
+}
+
+/// The start is over, and a client's first message is about to be read.
+pub fn first_message() {
+    guarded(|p| {
+        if let Some(slot) = p.slot()
+            && !p.has_messages
+        {
+            p.has_messages = true;
+            slot.has_messages.store(1, Relaxed);
+            p.follow_settings();
         }
     });
 }

@@ -76,6 +76,12 @@ impl Walk {
     }
 
     /// The next walk is the first, and sets the baseline. It waits, so that what a process needs to start is in it.
+    pub fn forget_parents(&mut self, now: i64, budget: &mut Budget) {
+        self.paths.abandon(budget);
+        self.forget(now, budget);
+    }
+
+    /// The same for a process whose history is its own.
     pub fn forget(&mut self, now: i64, budget: &mut Budget) {
         self.paths.clear(budget);
         self.next = now + settings::walk_interval_ms() as i64 * 1000;
