@@ -15,10 +15,7 @@ use crate::share::pool::Cursor;
 use crate::share::row::Row;
 use crate::stack::Trace;
 
-/// What a backend allocates before its first message is sampled this many powers of two more sparsely: it is much,
-/// and hardly ever a leak.
-const STARTING: u32 = 6;
-/// The same for its first message.
+/// What a backend's first message allocates is sampled this many powers of two more sparsely: it fills caches.
 const FIRST: u32 = 2;
 
 /// Maps the shared tables, reads the modules, and registers what has to happen at fork and exit.
@@ -178,13 +175,15 @@ impl Process {
             _ if followed.mode == Mode::Off as u32 => {
                 Precision::None { ask: !self.has_messages && !self.expects_messages() }
             }
-            // What allocates little can always be exact, and a new process allocates little before its type is known.
+            // What allocates little can always be exact.
             _ if followed.mode == Mode::Exact as u32 || !pg_compat::allocates_much(kind as _) => Precision::Exact,
             _ if self.has_served || slot.has_no_messages() => Precision::Sampled(rate),
             // The first statement fills caches; the many sessions that have no other should not pay for more.
             _ if self.has_messages => Precision::SampledAtOnce(rate << FIRST),
-            _ if !self.expects_messages() => Precision::Exact,
-            _ => Precision::SampledAtOnce(rate << STARTING),
+            // A child that has not said yet what it is: its books begin when it has.
+            _ if !self.expects_messages() => Precision::None { ask: true },
+            // What a backend allocates before its first message is much, and its baseline.
+            _ => Precision::None { ask: false },
         };
         if precision != self.ledger.precision() {
             self.flush(false);
