@@ -71,6 +71,11 @@ impl Stacks {
         self.memory.recall(sp, key)
     }
 
+    /// Whether this processor gathers, as `recall_first` may be told. Allocates.
+    pub fn gathers() -> bool {
+        memory::gathers()
+    }
+
     /// The same where it is most likely found.
     ///
     /// # Safety

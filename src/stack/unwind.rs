@@ -102,6 +102,11 @@ impl Unwinder {
         }
     }
 
+    /// From now on, and without a check, code in this range is walked by frame pointer. For benchmarks.
+    pub fn assume_frame_pointers(&mut self, start: u64, end: u64) {
+        self.fast = (start, end);
+    }
+
     /// Whether the executable's frames are walked by frame pointer.
     pub fn uses_frame_pointers(&self) -> bool {
         self.fast.1 != 0
