@@ -12,7 +12,7 @@ help:
 	@echo 'make test                    everything that must hold; builds test servers on first use'
 	@echo 'make test-fast               the tests that need no server'
 	@echo 'make lint                    rustfmt and clippy, no warnings'
-	@echo 'make bench                   what rheap costs'
+	@echo 'make bench SECTIONS=...      what rheap costs, as one table (no SECTIONS: everything, about an hour)'
 	@echo 'make schema                  regenerate sql/ from the code'
 
 demo:
@@ -32,7 +32,7 @@ lint:
 	cargo clippy --quiet --locked --all-targets -- -D warnings
 
 bench:
-	@pg_test/scripts/bench.sh "$(PG_CONFIG)"
+	@pg_test/scripts/bench.sh $(SECTIONS)
 
 schema:
 	@pg_test/scripts/schema.sh sql/rheap--0.1.0.sql

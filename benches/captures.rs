@@ -93,9 +93,7 @@ impl Rheap {
             }
             match self.stacks.recall(regs.sp) {
                 Some(known) => known.stack,
-                None => {
-                    self.stacks.capture(&mut self.unwinder, regs, FRAMES, true, &self.share, &mut self.budget).0
-                }
+                None => self.stacks.capture(&mut self.unwinder, regs, FRAMES, true, &self.share, &mut self.budget).0,
             }
         }
     }
@@ -112,7 +110,11 @@ impl Framehop {
         let mut unwinder = framehop::x86_64::UnwinderX86_64::new();
         let maps = std::fs::read_to_string("/proc/self/maps").unwrap();
         let mut seen = std::collections::HashSet::new();
-        for path in maps.lines().filter_map(|l| l.split_whitespace().nth(5)).filter(|p| p.starts_with('/')) {
+        for path in maps
+            .lines()
+            .filter_map(|l| l.split_whitespace().nth(5))
+            .filter(|p| p.starts_with('/') && !p.starts_with("/dev"))
+        {
             if !seen.insert(path.to_string()) {
                 continue;
             }

@@ -15,7 +15,7 @@ HERE = Path(__file__).resolve().parent
 USER = os.environ.get("RHEAP_TEST_USER", "postgres")
 
 
-def _demote():
+def demote():
     if os.getuid() != 0:
         return {}
     user = pwd.getpwnam(USER)
@@ -31,7 +31,7 @@ def run(*command, check=True, **options):
         text=True,
         cwd="/",
         timeout=options.pop("timeout", 600),
-        **_demote(),
+        **demote(),
         **options,
     )
     if check and done.returncode != 0:
@@ -68,7 +68,7 @@ class Session:
             text=True,
             env={**os.environ, "PGOPTIONS": options},
             cwd="/",
-            **_demote(),
+            **demote(),
         )
         self.pid = int(self("SELECT pg_backend_pid()"))
 

@@ -6,7 +6,7 @@ import subprocess
 import tempfile
 from pathlib import Path
 
-from cluster import USER, _demote, run
+from cluster import USER, demote, run
 
 
 class SingleUser:
@@ -15,7 +15,7 @@ class SingleUser:
     def __init__(self, pg_config):
         self.bin = Path(subprocess.check_output([pg_config, "--bindir"], text=True).strip())
         self.root = Path(tempfile.mkdtemp(prefix="rheap-bench-"))
-        if _demote():
+        if demote():
             shutil.chown(self.root, USER)
         self.root.chmod(0o755)
         run(self.bin / "initdb", "-D", self.root / "data", "-U", "postgres", "-A", "trust", "-N")
@@ -28,7 +28,7 @@ class SingleUser:
     def single(self, statements, *settings, under=()):
         done = subprocess.run(
             [*map(str, under), str(self.bin / "postgres"), "--single", "-D", str(self.root / "data"), *settings, "postgres"],
-            input=statements, text=True, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, cwd="/", **_demote(),
+            input=statements, text=True, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, cwd="/", **demote(),
         )
         if done.returncode != 0:
             raise RuntimeError(done.stderr[-2000:])

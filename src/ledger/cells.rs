@@ -87,7 +87,7 @@ impl Cells {
         // A draw for each cell would cost more than the start itself.
         let mut draws = [0; 64];
         draws.fill_with(|| rates.gap(level, rng));
-        let shift = rng.next() as usize;
+        let shift = rng.bits() as usize;
         for (i, gap) in self.gaps.iter_mut().enumerate() {
             *gap = draws[(i ^ shift).wrapping_add(i >> 6) % 64];
         }
