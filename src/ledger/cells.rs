@@ -12,10 +12,10 @@ use super::sampling::{Rate, Rates, Rng};
 pub const CELLS: usize = 1024;
 
 /// Allocations that every cell has recorded before it may be sampled.
-const FIRST: u32 = 256;
+const FIRST: u32 = 128;
 /// Exact records that a process may make before it has done any work, and for each unit of it, and save up.
 const BUDGET: u32 = 8;
-const GRANT: u32 = 2;
+const GRANT: u32 = 16;
 const SAVINGS: u32 = 512;
 /// Recorded allocations between two judgements.
 const WINDOW: u32 = 64;
@@ -34,6 +34,13 @@ struct Cell {
     epoch: u32,
     /// Index of the rate by which the gap at hand was drawn; 0: exact.
     level: u8,
+}
+
+impl Cell {
+    /// Nothing of it was ever kept, and nearly all is known to have been freed at once.
+    fn settles(&self) -> bool {
+        self.kept == 0 && self.paired >= self.recorded - self.recorded / 16
+    }
 }
 
 const NEW: Cell = Cell { recorded: 0, paired: 0, kept: 0, epoch: 0, level: 0 };
@@ -167,12 +174,16 @@ impl Cells {
         let c = &mut self.cells[index];
         if c.level != 0 {
             let rate = rates.rate(c.level);
-            return if c.kept > 0 && rate > self.rate { self.rate.max(self.floor) } else { rate };
+            return match () {
+                _ if c.kept > 0 && rate > self.rate => self.rate.max(self.floor),
+                _ if rate == self.rate && c.recorded >= WINDOW && c.settles() => rate << SETTLED,
+                _ => rate,
+            };
         }
         let epochs = epoch.saturating_sub(std::mem::replace(&mut c.epoch, epoch));
         let own = if c.recorded < FIRST {
             0
-        } else if c.kept == 0 && c.paired >= c.recorded - c.recorded / 16 {
+        } else if c.settles() {
             self.rate << SETTLED
         } else if epochs >= WINDOW {
             0

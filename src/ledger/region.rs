@@ -18,7 +18,7 @@ impl Budget {
 }
 
 const PAGE: usize = 4096;
-const FIRST_GROWTH: usize = 16 * PAGE;
+const FIRST_GROWTH: usize = 4 * PAGE;
 
 /// A growable array of `T`. A fresh element is all zero bytes; `T` must allow that.
 pub struct Region<T> {
