@@ -32,7 +32,7 @@ def alternating(clusters, measure, rounds):
     }
 
 
-def leaked_pallocs(pg_config, rounds=6):
+def leaked_pallocs(pg_config, rounds=5):
     """10,000,000 leaked pallocs in one session: each run in a session of its own, as the leak stays in it."""
 
     def once(cluster):
