@@ -30,9 +30,17 @@ pub unsafe fn look(process: &mut Process) {
     unsafe {
         for (i, parent) in [pg_sys::CacheMemoryContext, pg_sys::TopMemoryContext].into_iter().enumerate() {
             let last = process.walk.moved.0[i];
-            if !parent.is_null() && last != (*parent).firstchild {
-                process.walk.moved.0[i] = (*parent).firstchild;
-                look_at_new(process, (*parent).firstchild, last);
+            if parent.is_null() {
+                continue;
+            }
+            let mut first = (*parent).firstchild;
+            // It comes and goes with each transaction.
+            if !first.is_null() && first == pg_sys::TopTransactionContext {
+                first = (*first).nextchild;
+            }
+            if last != first {
+                process.walk.moved.0[i] = first;
+                look_at_new(process, first, last);
             }
         }
     }
@@ -52,7 +60,9 @@ unsafe fn look_at_new(process: &mut Process, first: MemoryContext, last: MemoryC
             if hook::long_lived(context) {
                 adopt(context);
             }
-            follow(process, context);
+            if hook::is_learned((*context).name) {
+                follow(process, context);
+            }
             context = (*context).nextchild;
         }
     }
