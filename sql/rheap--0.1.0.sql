@@ -7,6 +7,18 @@ The ordering of items is not stable, it is driven by a dependency graph.
 /* </end connected objects> */
 
 /* <begin connected objects> */
+-- rheap::sql::check::rheap_assert_no_leaks
+CREATE  FUNCTION "rheap_assert_no_leaks"(
+	"statement" TEXT, /* & str */
+	"repeat" INT DEFAULT 100, /* i32 */
+	"warmup" INT DEFAULT 10 /* i32 */
+) RETURNS void
+STRICT VOLATILE PARALLEL UNSAFE
+LANGUAGE c /* Rust */
+AS 'MODULE_PATHNAME', 'rheap_assert_no_leaks_wrapper';
+/* </end connected objects> */
+
+/* <begin connected objects> */
 -- rheap::sql::leaks::rheap_call_sites
 CREATE  FUNCTION "rheap_call_sites"(
 	"pid" INT DEFAULT NULL /* Option < i32 > */
@@ -37,6 +49,27 @@ CREATE  FUNCTION "rheap_call_sites"(
 VOLATILE PARALLEL RESTRICTED
 LANGUAGE c /* Rust */
 AS 'MODULE_PATHNAME', 'rheap_call_sites_wrapper';
+/* </end connected objects> */
+
+/* <begin connected objects> */
+-- rheap::sql::check::rheap_check
+CREATE  FUNCTION "rheap_check"(
+	"statement" TEXT, /* & str */
+	"repeat" INT DEFAULT 100, /* i32 */
+	"warmup" INT DEFAULT 10 /* i32 */
+) RETURNS TABLE (
+	"function" TEXT,  /* String */
+	"location" TEXT,  /* String */
+	"context" TEXT,  /* String */
+	"bytes_per_call" double precision,  /* f64 */
+	"count_per_call" double precision,  /* f64 */
+	"kept_bytes" bigint,  /* i64 */
+	"kept_count" bigint,  /* i64 */
+	"stack" TEXT[]  /* Vec < String > */
+)
+STRICT VOLATILE PARALLEL UNSAFE
+LANGUAGE c /* Rust */
+AS 'MODULE_PATHNAME', 'rheap_check_wrapper';
 /* </end connected objects> */
 
 /* <begin connected objects> */
@@ -157,9 +190,9 @@ CREATE VIEW rheap_call_sites AS SELECT * FROM rheap_call_sites();
 CREATE VIEW rheap_contexts AS SELECT * FROM rheap_contexts();
 CREATE VIEW rheap_processes AS SELECT * FROM rheap_processes();
 
-REVOKE ALL ON FUNCTION rheap_leaks(int), rheap_call_sites(int), rheap_contexts(int), rheap_processes(int), rheap_report_json(int), rheap_reset(int), rheap_require_version(text) FROM PUBLIC;
+REVOKE ALL ON FUNCTION rheap_leaks(int), rheap_call_sites(int), rheap_contexts(int), rheap_processes(int), rheap_report_json(int), rheap_reset(int), rheap_check(text, int, int), rheap_assert_no_leaks(text, int, int), rheap_require_version(text) FROM PUBLIC;
 REVOKE ALL ON rheap_leaks, rheap_call_sites, rheap_contexts, rheap_processes FROM PUBLIC;
-GRANT EXECUTE ON FUNCTION rheap_leaks(int), rheap_call_sites(int), rheap_contexts(int), rheap_processes(int), rheap_report_json(int) TO pg_monitor;
+GRANT EXECUTE ON FUNCTION rheap_leaks(int), rheap_call_sites(int), rheap_contexts(int), rheap_processes(int), rheap_report_json(int), rheap_check(text, int, int), rheap_assert_no_leaks(text, int, int) TO pg_monitor;
 GRANT SELECT ON rheap_leaks, rheap_call_sites, rheap_contexts, rheap_processes TO pg_monitor;
 
 COMMENT ON FUNCTION rheap_leaks(int) IS 'memory leaks of all live processes, or of one: a row per call site that keeps growing, worst first';
@@ -168,6 +201,8 @@ COMMENT ON FUNCTION rheap_contexts(int) IS 'memory contexts per process and path
 COMMENT ON FUNCTION rheap_processes(int) IS 'what rheap knows of each process, and what it costs there';
 COMMENT ON FUNCTION rheap_report_json(int) IS 'the leaks and the processes as one JSON document';
 COMMENT ON FUNCTION rheap_reset(int) IS 'forget the history of one process or of all: the baseline is now';
+COMMENT ON FUNCTION rheap_check(text, int, int) IS 'run a statement many times in this session: a row per call site that keeps memory of each call';
+COMMENT ON FUNCTION rheap_assert_no_leaks(text, int, int) IS 'raises an error that lists the rows of rheap_check, if there are any';
 COMMENT ON FUNCTION rheap_require_version(text) IS 'raises an error unless the loaded library has this version; used by the install script';
 COMMENT ON VIEW rheap_leaks IS 'memory leaks of all live processes, worst first';
 COMMENT ON VIEW rheap_call_sites IS 'every call site in watched memory contexts of all live processes';

@@ -1,5 +1,6 @@
 //! The life of a process's books: made at load, empty again after fork, in step with the settings, given back at exit.
 
+use std::collections::HashMap;
 use std::sync::atomic::Ordering::*;
 
 use pgrx::pg_sys;
@@ -14,6 +15,7 @@ use crate::share::Share;
 use crate::share::pool::Cursor;
 use crate::share::row::Row;
 use crate::stack::Trace;
+use crate::verdict::proportion::Held;
 
 /// What a backend's first message allocates is sampled this many powers of two more sparsely: it fills caches.
 const FIRST: u32 = 2;
@@ -172,6 +174,7 @@ impl Process {
         }
         let rate = followed.sample_bytes as u64;
         let precision = match () {
+            _ if self.checking => Precision::Exact,
             _ if followed.mode == Mode::Off as u32 => {
                 Precision::None { ask: !self.has_messages && !self.expects_messages() }
             }
@@ -192,6 +195,19 @@ impl Process {
         hook::record_all(precision == Precision::Exact);
         self.ledger.set_limit(followed.memory_limit as usize * 1024 - ASIDE);
         self.ledger.relax();
+    }
+
+    /// What this process's call sites hold now. Nothing is pending.
+    pub fn held_by_site(&self) -> HashMap<u32, Held> {
+        let mut held = HashMap::new();
+        if let Some(share) = self.share {
+            self.ledger.each_site(|id| {
+                if let Some(copy) = share.sites.rows[id as usize].copy() {
+                    held.insert(id, Held { bytes: copy.live_bytes as i64, count: copy.live_count as i64 });
+                }
+            });
+        }
+        held
     }
 
     /// Somebody asked to forget: start again, with now as the baseline.
@@ -215,6 +231,21 @@ impl Process {
             self.walk.hurry();
         }
     }
+}
+
+/// Begins or ends a check: everything is recorded, whatever the settings say. False when no books can be kept.
+pub fn check(on: bool) -> bool {
+    // SAFETY: called by the server's thread from a function of ours, when no hook is at work.
+    let process = unsafe { current() };
+    process.enter();
+    let possible = process.own_slot.is_some() || process.attach();
+    if possible {
+        process.checking = on;
+        process.flush(false);
+        process.follow_settings();
+    }
+    process.leave(process.state_at_rest());
+    possible
 }
 
 /// The log hears once of a table that is too small.

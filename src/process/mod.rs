@@ -23,7 +23,7 @@ use crate::share::slot::{POSTMASTER, Slot};
 use crate::stack::memory::Home;
 use crate::stack::{Regs, Stacks, Unwinder};
 use crate::walk::{Walk, path};
-pub use life::{prepare, uses_frame_pointers};
+pub use life::{check, prepare, uses_frame_pointers};
 
 /// Of `rheap.memory_limit`, what is set aside for everything but the ledger.
 const ASIDE: usize = 2 << 20;
@@ -70,6 +70,8 @@ pub struct Process {
     has_messages: bool,
     /// The first of them has been dealt with.
     has_served: bool,
+    /// A check is going on in this session: everything is recorded, whatever the settings say.
+    checking: bool,
     /// The first walk is to be made before anything else is allocated.
     baseline_due: bool,
     followed: settings::Followed,
@@ -115,6 +117,7 @@ pub static PROCESS: Global = Global(UnsafeCell::new(Process {
     kind: 0,
     has_messages: false,
     has_served: false,
+    checking: false,
     baseline_due: false,
     followed: settings::Followed::NONE,
     looks: 0,

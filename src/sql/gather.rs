@@ -97,6 +97,25 @@ pub fn gather(function: &str, pid: Option<i32>, wanted: impl Fn(Verdict) -> bool
 /// its caller.
 pub fn culprit(symbols: &mut Symbols, stack: u32) -> (Vec<Frame>, usize) {
     let frames = symbols.stack(stack);
-    let index = frames.iter().position(|f| !f.function.as_deref().is_some_and(is_helper)).unwrap_or(0);
+    let index = innermost(&frames);
     (frames, index)
+}
+
+fn innermost(frames: &[Frame]) -> usize {
+    frames.iter().position(|f| !f.function.as_deref().is_some_and(is_helper)).unwrap_or(0)
+}
+
+/// The frames that stacks have in common, from `main` on, and the culprit among them: who made the contexts that
+/// these stacks allocate in. Of a function that allocates at several of its lines, one line is shown.
+pub fn common(stacks: Vec<Vec<Frame>>) -> (Vec<Frame>, usize) {
+    let mut stacks = stacks.into_iter();
+    let mut shared: Vec<Frame> = stacks.next().unwrap_or_default();
+    for other in stacks {
+        let same = shared.iter().rev().zip(other.iter().rev()).take_while(|(a, b)| a == b).count();
+        let function = |frames: &[Frame]| frames.iter().rev().nth(same).and_then(|f| f.function.clone());
+        let split = function(&shared).is_some() && function(&shared) == function(&other);
+        shared.drain(..shared.len() - same - split as usize);
+    }
+    let index = innermost(&shared);
+    (shared, index)
 }

@@ -137,10 +137,10 @@ fn named(rows: Vec<Gathered>) -> impl Iterator<Item = (Gathered, Vec<Frame>, usi
     named.into_iter()
 }
 
-fn name(frames: &[Frame], at: usize) -> String {
+pub fn name(frames: &[Frame], at: usize) -> String {
     frames.get(at).map_or("(unknown)", Frame::name).into()
 }
 
-fn location(frames: &[Frame], at: usize) -> String {
+pub fn location(frames: &[Frame], at: usize) -> String {
     frames.get(at).map_or("(unknown)", |f| f.location.as_str()).into()
 }

@@ -1,5 +1,6 @@
 //! The SQL surface: one thin file per function, and what they share.
 
+mod check;
 mod contexts;
 mod gather;
 mod install;

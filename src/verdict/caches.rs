@@ -1,6 +1,8 @@
 //! Caches that the server is known to fill as it meets new objects. Each with its reason; none of them for ever: what
 //! outgrows its own history is judged like everything else.
 
+use crate::symbols::Frame;
+
 /// (part of the context path, what it is)
 const CACHES: &[(&str, &str)] = &[
     (
@@ -28,4 +30,28 @@ pub fn known(path: &str) -> Option<&'static str> {
         .iter()
         .find(|(cache, _)| path.strip_prefix(cache).is_some_and(|rest| rest.is_empty() || rest.starts_with('/')))
         .map(|&(_, why)| why)
+}
+
+/// (function, what it keeps until the transaction ends)
+const UNTIL_TRANSACTION_END: &[(&str, &str)] = &[
+    ("LockAcquireExtended", "a lock of each object that was used"),
+    ("RelationCreateStorage", "a file to remove if the transaction fails"),
+    ("RelationDropStorage", "a file to remove if it does not"),
+    ("RelationClearRelation", "row descriptors that somebody may still look at"),
+    ("RelationDestroyRelation", "row descriptors that somebody may still look at"),
+    ("RememberToFreeTupleDescAtEOX", "row descriptors that somebody may still look at"),
+    ("ReadBuffer_common", "a pin"),
+    ("smgropen", "a file that is open"),
+    ("pgstat_prep_pending_entry", "counters that are sent when the transaction has ended"),
+    ("RegisterSnapshotOnOwner", "a snapshot in use"),
+];
+
+/// Whether what a stack has allocated is given back when the transaction ends, as its innermost named functions tell.
+pub fn ends_with_transaction(path: &str, frames: &[Frame]) -> bool {
+    path == "TopMemoryContext/LOCALLOCK hash"
+        || frames
+            .iter()
+            .take(8)
+            .filter_map(|f| f.function.as_deref())
+            .any(|function| UNTIL_TRANSACTION_END.iter().any(|&(known, _)| known == function))
 }

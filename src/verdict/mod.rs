@@ -4,7 +4,8 @@
 //! forks, windows of time) something is still alive, and whether new ones keep joining while old ones stay. A cache
 //! fills and stops; a queue forgets its oldest; a leak does neither.
 
-mod caches;
+pub mod caches;
+pub mod proportion;
 
 use std::sync::atomic::Ordering::*;
 

@@ -3,6 +3,7 @@
 pub mod moved;
 pub mod path;
 
+use std::collections::HashMap;
 use std::sync::atomic::Ordering::*;
 
 use crate::hook::{self, Table as MethodTable};
@@ -14,6 +15,7 @@ use crate::process::{self, Process};
 use crate::settings::{self, Mode};
 use crate::share::row::Seen;
 use crate::share::slot::Slot;
+use crate::verdict::proportion::Held;
 use moved::Moved;
 use path::DEEPEST;
 use pgrx::pg_sys;
@@ -172,6 +174,29 @@ pub unsafe fn walk(process: &mut Process, slot: &Slot) {
     process.walk.next = process.walk.earliest.max(now + settings::walk_interval_ms() as i64 * 1000);
     process.walk.held = process.ledger.held_bytes();
     process.walk.fresh = true;
+}
+
+/// Number and bytes of the contexts of each path.
+///
+/// # Safety
+/// As for [`walk`].
+pub unsafe fn census(process: &Process) -> HashMap<u32, Held> {
+    let mut found: HashMap<u32, Held> = HashMap::new();
+    let Some(share) = process.share else { return found };
+    let mut trail = [0u32; DEEPEST];
+    // SAFETY: the caller's promise.
+    unsafe {
+        hook::each_context(|context, depth| {
+            let level = depth.min(DEEPEST - 1);
+            let parent = if level == 0 { 0 } else { trail[level - 1] };
+            trail[level] = path::path_under(parent, context, &share);
+            let held = found.entry(trail[level]).or_default();
+            held.count += 1;
+            held.bytes += (*context).mem_allocated as i64;
+            true
+        });
+    }
+    found
 }
 
 /// What a context holds moves to the accounts of its path, if that has changed. Nothing is pending.

@@ -1,0 +1,233 @@
+//! `rheap_check` and `rheap_assert_no_leaks`: does a statement keep memory of each call? For the regression tests of
+//! extensions: exact, deterministic, within the session that asks.
+
+use std::collections::HashMap;
+use std::ffi::CString;
+
+use pgrx::prelude::*;
+use pgrx::{PgSqlErrorCode, pg_sys};
+
+use super::gather::culprit;
+use crate::symbols::{Frame, Symbols};
+use crate::verdict::bytes;
+use crate::verdict::proportion::{Held, kept};
+use crate::{process, verdict, walk};
+
+/// A call site that keeps memory, or all call sites in contexts that multiply.
+struct Finding {
+    function: String,
+    location: String,
+    context: String,
+    kept: Held,
+    stack: Vec<String>,
+}
+
+/// Everything is recorded while one of these lives, also if the statement raises an error.
+struct Recording;
+
+impl Recording {
+    fn start() -> Self {
+        if !process::check(true) {
+            super::refuse(
+                PgSqlErrorCode::ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE,
+                "this session has no place in rheap's table of processes".into(),
+                "End other sessions, or restart the server with a larger max_connections.",
+            );
+        }
+        Recording
+    }
+}
+
+impl Drop for Recording {
+    fn drop(&mut self) {
+        process::check(false);
+    }
+}
+
+/// What the session holds at one moment.
+struct Books {
+    sites: HashMap<u32, Held>,
+    /// Number and bytes of the contexts of each path.
+    contexts: HashMap<u32, Held>,
+}
+
+impl Books {
+    fn now() -> Self {
+        process::settle();
+        // SAFETY: between two statements of this session; the tree is consistent, and the reference ends here.
+        unsafe { Books { sites: process::current().held_by_site(), contexts: walk::census(process::current()) } }
+    }
+}
+
+fn run(statement: &CString, times: i32) {
+    for _ in 0..times {
+        pgrx::check_for_interrupts!();
+        // SAFETY: connected to SPI; an error of the statement goes through here as it does everywhere.
+        let code = unsafe {
+            let code = pg_sys::SPI_execute(statement.as_ptr(), false, 0);
+            pg_sys::SPI_freetuptable(pg_sys::SPI_tuptable);
+            code
+        };
+        if code < 0 {
+            super::refuse(
+                PgSqlErrorCode::ERRCODE_FEATURE_NOT_SUPPORTED,
+                "rheap_check cannot run transaction control or COPY to the client".into(),
+                "Write a statement that may stand in a function, without BEGIN, COMMIT, ROLLBACK or COPY FROM STDIN.",
+            );
+        }
+    }
+}
+
+fn check(function: &str, statement: &str, repeat: i32, warmup: i32) -> Vec<Finding> {
+    let invalid =
+        |message: String, hint: &str| super::refuse(PgSqlErrorCode::ERRCODE_INVALID_PARAMETER_VALUE, message, hint);
+    if statement.trim().is_empty() {
+        invalid(format!("{function} needs a statement"), "Write it as text, for example 'SELECT my_function(1)'.");
+    }
+    if !(2..=10_000_000).contains(&repeat) {
+        invalid(format!("{repeat} repeats are not possible"), "Write a number from 2 to 10000000; 100 is the default.");
+    }
+    if !(0..=10_000_000).contains(&warmup) {
+        invalid(
+            format!("{warmup} calls to warm up are not possible"),
+            "Write a number from 0 to 10000000; 10 is the default.",
+        );
+    }
+    let share = super::share();
+    let statement = CString::new(statement).unwrap_or_default();
+    let (start, middle, end) = {
+        let _recording = Recording::start();
+        // SAFETY: a pair around what runs; an error in between ends the connection with its transaction.
+        unsafe { pg_sys::SPI_connect() };
+        run(&statement, warmup);
+        let start = Books::now();
+        run(&statement, repeat / 2);
+        let middle = Books::now();
+        run(&statement, repeat - repeat / 2);
+        let end = Books::now();
+        // SAFETY: as above.
+        unsafe { pg_sys::SPI_finish() };
+        (start, middle, end)
+    };
+
+    // Contexts that multiply are one finding, with everything in them.
+    let many: Vec<(String, Held)> = (end.contexts.iter())
+        .filter_map(|(path, held)| {
+            let at = |books: &Books| books.contexts.get(path).copied().unwrap_or_default();
+            let number = |books| Held { bytes: at(books).count, count: 0 };
+            kept(number(&start), number(&middle), number(&end))?;
+            let before = at(&start);
+            let grown = Held { bytes: held.bytes - before.bytes, count: held.count - before.count };
+            Some((share.path_name(*path), grown))
+        })
+        .collect();
+    let outermost = |path: &str| {
+        let above = many
+            .iter()
+            .filter(|(of, _)| path == of || path.strip_prefix(of.as_str()).is_some_and(|p| p.starts_with('/')));
+        above.min_by_key(|(of, _)| of.len())
+    };
+    let mut symbols = Symbols::new(&share);
+    let mut findings = Vec::new();
+    let mut inside: HashMap<String, (Held, Vec<Vec<Frame>>)> = HashMap::new();
+    for (&id, &held) in &end.sites {
+        let at = |books: &Books| books.sites.get(&id).copied().unwrap_or_default();
+        let Some(kept) = kept(at(&start), at(&middle), held) else { continue };
+        let Some(site) = share.sites.rows[id as usize].copy() else { continue };
+        let path = share.path_name(site.path);
+        let (frames, at) = culprit(&mut symbols, site.stack);
+        if verdict::caches::ends_with_transaction(&path, &frames) {
+            continue;
+        }
+        if let Some((context, _)) = outermost(&path) {
+            let (sum, stacks) = inside.entry(context.clone()).or_default();
+            *sum = Held { bytes: sum.bytes + kept.bytes, count: sum.count + kept.count };
+            stacks.push(frames);
+            continue;
+        }
+        findings.push(Finding {
+            function: super::leaks::name(&frames, at),
+            location: super::leaks::location(&frames, at),
+            context: path,
+            kept,
+            stack: frames.iter().map(Frame::describe).collect(),
+        });
+    }
+    for (path, grown) in many.iter().filter(|(path, _)| outermost(path).is_some_and(|(top, _)| top == path)) {
+        let (kept, stacks) = inside.remove(path).unwrap_or((*grown, Vec::new()));
+        let (frames, at) = super::gather::common(stacks);
+        findings.push(Finding {
+            function: super::leaks::name(&frames, at),
+            location: super::leaks::location(&frames, at),
+            context: path.clone(),
+            kept,
+            stack: frames.iter().map(Frame::describe).collect(),
+        });
+    }
+    drop(symbols);
+    findings.sort_by(|a, b| b.kept.bytes.cmp(&a.kept.bytes).then_with(|| a.function.cmp(&b.function)));
+    findings
+}
+
+/// Runs a statement `warmup + repeat` times in this session and returns the call sites that keep memory in proportion
+/// to the repeats. Bytes are as requested from palloc. In contexts that multiply, a row is all that they hold; for
+/// those that nothing was allocated in, it is the contexts themselves.
+#[pg_extern(volatile, parallel_unsafe)]
+#[allow(clippy::type_complexity)]
+fn rheap_check(
+    statement: &str,
+    repeat: default!(i32, 100),
+    warmup: default!(i32, 10),
+) -> TableIterator<
+    'static,
+    (
+        name!(function, String),
+        name!(location, String),
+        name!(context, String),
+        name!(bytes_per_call, f64),
+        name!(count_per_call, f64),
+        name!(kept_bytes, i64),
+        name!(kept_count, i64),
+        name!(stack, Vec<String>),
+    ),
+> {
+    let findings = check("rheap_check", statement, repeat, warmup);
+    TableIterator::new(findings.into_iter().map(move |f| {
+        let per_call = |n: i64| n as f64 / repeat as f64;
+        let (bytes, count) = (f.kept.bytes, f.kept.count);
+        (f.function, f.location, f.context, per_call(bytes), per_call(count), bytes, count, f.stack)
+    }))
+}
+
+/// Raises an ERROR that lists the call sites that [`rheap_check`] returns, if there are any.
+#[pg_extern(volatile, parallel_unsafe)]
+fn rheap_assert_no_leaks(statement: &str, repeat: default!(i32, 100), warmup: default!(i32, 10)) {
+    let findings = check("rheap_assert_no_leaks", statement, repeat, warmup);
+    if findings.is_empty() {
+        return;
+    }
+    let lines: Vec<String> = findings
+        .iter()
+        .map(|f| {
+            format!(
+                "{} in {} allocations kept by {repeat} calls: {} at {} in {}",
+                bytes(f.kept.bytes as u64),
+                f.kept.count,
+                f.function,
+                f.location,
+                f.context
+            )
+        })
+        .collect();
+    pgrx::pg_sys::panic::ErrorReport::new(
+        PgSqlErrorCode::ERRCODE_ASSERT_FAILURE,
+        match findings.len() {
+            1 => "the statement leaks memory at one call site".into(),
+            n => format!("the statement leaks memory at {n} call sites"),
+        },
+        "rheap_assert_no_leaks",
+    )
+    .set_detail(lines.join("\n"))
+    .set_hint("SELECT * FROM rheap_check(...) with the same arguments shows the call stacks.")
+    .report(pgrx::PgLogLevel::ERROR);
+}
