@@ -9,7 +9,6 @@ use pgrx::{PgSqlErrorCode, pg_sys};
 
 use super::gather::culprit;
 use crate::symbols::{Frame, Symbols};
-use crate::verdict::bytes;
 use crate::verdict::proportion::{Held, kept};
 use crate::{process, verdict, walk};
 
@@ -59,6 +58,13 @@ impl Books {
     }
 }
 
+/// The stack as far as it is the statement's: below it are the calls of this module and of the session.
+fn stack(frames: &[Frame]) -> Vec<String> {
+    let ours = frames.iter().position(|f| f.name() == "run" && f.location.contains("sql/check.rs"));
+    let execute = ours.and_then(|end| frames[..end].iter().rposition(|f| f.name() == "SPI_execute"));
+    frames[..execute.unwrap_or(frames.len())].iter().map(Frame::describe).collect()
+}
+
 fn run(statement: &CString, times: i32) {
     for _ in 0..times {
         pgrx::check_for_interrupts!();
@@ -95,28 +101,28 @@ fn check(function: &str, statement: &str, repeat: i32, warmup: i32) -> Vec<Findi
     }
     let share = super::share();
     let statement = CString::new(statement).unwrap_or_default();
-    let (start, middle, end) = {
+    let mut books = Vec::new();
+    {
         let _recording = Recording::start();
         // SAFETY: a pair around what runs; an error in between ends the connection with its transaction.
         unsafe { pg_sys::SPI_connect() };
-        run(&statement, warmup);
-        let start = Books::now();
-        run(&statement, repeat / 2);
-        let middle = Books::now();
-        run(&statement, repeat - repeat / 2);
-        let end = Books::now();
+        // One place that calls for all three phases: what is allocated in them has the same stack, so the same site.
+        for times in [warmup, repeat / 2, repeat - repeat / 2] {
+            run(&statement, times);
+            books.push(Books::now());
+        }
         // SAFETY: as above.
         unsafe { pg_sys::SPI_finish() };
-        (start, middle, end)
-    };
+    }
+    let [start, middle, end] = &books[..] else { unreachable!() };
 
     // Contexts that multiply are one finding, with everything in them.
     let many: Vec<(String, Held)> = (end.contexts.iter())
         .filter_map(|(path, held)| {
             let at = |books: &Books| books.contexts.get(path).copied().unwrap_or_default();
             let number = |books| Held { bytes: at(books).count, count: 0 };
-            kept(number(&start), number(&middle), number(&end))?;
-            let before = at(&start);
+            kept(number(start), number(middle), number(end))?;
+            let before = at(start);
             let grown = Held { bytes: held.bytes - before.bytes, count: held.count - before.count };
             Some((share.path_name(*path), grown))
         })
@@ -132,7 +138,7 @@ fn check(function: &str, statement: &str, repeat: i32, warmup: i32) -> Vec<Findi
     let mut inside: HashMap<String, (Held, Vec<Vec<Frame>>)> = HashMap::new();
     for (&id, &held) in &end.sites {
         let at = |books: &Books| books.sites.get(&id).copied().unwrap_or_default();
-        let Some(kept) = kept(at(&start), at(&middle), held) else { continue };
+        let Some(kept) = kept(at(start), at(middle), held) else { continue };
         let Some(site) = share.sites.rows[id as usize].copy() else { continue };
         let path = share.path_name(site.path);
         let (frames, at) = culprit(&mut symbols, site.stack);
@@ -150,7 +156,7 @@ fn check(function: &str, statement: &str, repeat: i32, warmup: i32) -> Vec<Findi
             location: super::leaks::location(&frames, at),
             context: path,
             kept,
-            stack: frames.iter().map(Frame::describe).collect(),
+            stack: stack(&frames),
         });
     }
     for (path, grown) in many.iter().filter(|(path, _)| outermost(path).is_some_and(|(top, _)| top == path)) {
@@ -161,7 +167,7 @@ fn check(function: &str, statement: &str, repeat: i32, warmup: i32) -> Vec<Findi
             location: super::leaks::location(&frames, at),
             context: path.clone(),
             kept,
-            stack: frames.iter().map(Frame::describe).collect(),
+            stack: stack(&frames),
         });
     }
     drop(symbols);
@@ -210,12 +216,8 @@ fn rheap_assert_no_leaks(statement: &str, repeat: default!(i32, 100), warmup: de
         .iter()
         .map(|f| {
             format!(
-                "{} in {} allocations kept by {repeat} calls: {} at {} in {}",
-                bytes(f.kept.bytes as u64),
-                f.kept.count,
-                f.function,
-                f.location,
-                f.context
+                "{} at {} in {}: {} bytes in {} allocations kept by {repeat} calls",
+                f.function, f.location, f.context, f.kept.bytes, f.kept.count
             )
         })
         .collect();
