@@ -197,6 +197,9 @@ def corpus(pg_config, mode="sampled", seconds=10, interval="1s", only=None, rows
         until = time.monotonic() + seconds
         others = []
         if "logical decoding" in wanted:
+            # Minor releases of 2026 ask for it.
+            if cluster.sql("SELECT count(*) FROM pg_settings WHERE name = 'output_plugin_libraries'") == "1":
+                cluster.reload(output_plugin_libraries="corpus")
             cluster.sql("SELECT pg_create_logical_replication_slot('corpus', 'corpus')")
             others.append(subprocess.Popen(
                 [cluster.bin / "pg_recvlogical", *cluster.target(), "--slot=corpus", "--start", "-f", "/dev/null"],
