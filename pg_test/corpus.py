@@ -205,12 +205,12 @@ def corpus(pg_config, mode="sampled", seconds=10, interval="1s", only=None, rows
                 [cluster.bin / "pg_recvlogical", *cluster.target(), "--slot=corpus", "--start", "-f", "/dev/null"],
                 **demote(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd="/"))
         if "postmaster" in wanted:
+            script = cluster.root / "connect.sql"
+            script.write_text("SELECT 1;\n")
             others.append(subprocess.Popen(
-                [cluster.bin / "pgbench", "-n", "-C", "-c", "1", "-R", "60", "-T", str(int(seconds)), "-f", "/dev/stdin",
-                 *cluster.target()[:-2], "postgres"], stdin=subprocess.PIPE, text=True, cwd="/",
+                [cluster.bin / "pgbench", "-n", "-C", "-c", "1", "-R", "60", "-T", str(int(seconds)), "-f", script,
+                 *cluster.target()[:-2], "postgres"], cwd="/",
                 stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, **demote()))
-            others[-1].stdin.write("SELECT 1;\n")
-            others[-1].stdin.close()
         if "parallel worker" in wanted:
             query = cluster.session()
             query("SET parallel_setup_cost = 0; SET parallel_tuple_cost = 0; SET min_parallel_table_scan_size = 0;"
