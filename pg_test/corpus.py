@@ -83,7 +83,7 @@ def leaks():
         module("child", context="CacheMemoryContext/corpus child"),
         module("contexts", context="corpus session"),
         module("reparented", context="CacheMemoryContext/corpus plan"),
-        module("hash", context="corpus keys"),
+        module("hash"),
         module("array"), module("list"),
         module("generation", context="corpus generation"),
         module("slab", context="corpus slab"),
@@ -93,14 +93,14 @@ def leaks():
         Scenario("error path", True, ["SELECT corpus_error({n})"], function="error_site"),
         Scenario("plpgsql functions", True, [
             "CREATE FUNCTION pg_temp.f{n}() RETURNS int LANGUAGE plpgsql AS 'BEGIN RETURN {n}; END'",
-            "SELECT pg_temp.f{n}()", "DROP FUNCTION pg_temp.f{n}()"], context="PL/pgSQL function"),
+            "SELECT pg_temp.f{n}()", "DROP FUNCTION pg_temp.f{n}()"], function="do_compile", context="PL/pgSQL function"),
         Scenario("prepared statements", True, [
-            "PREPARE p{n} AS SELECT count(*) FROM pg_class WHERE oid = {n}"], context="CachedPlanSource"),
+            "PREPARE p{n} AS SELECT count(*) FROM pg_class WHERE oid = {n}"], function="PrepareQuery", context="CachedPlanSource"),
         Scenario("cursors with hold", True, [
-            "DECLARE c{n} CURSOR WITH HOLD FOR SELECT * FROM generate_series(1, 3)"], context="PortalContext"),
+            "DECLARE c{n} CURSOR WITH HOLD FOR SELECT * FROM generate_series(1, 3)"], context="PortalHoldContext"),
         Scenario("row types", True, ["".join(
             f"CREATE TYPE pg_temp.t{i} AS (a int, b text); SELECT ROW(1, 'x')::pg_temp.t{i};"
-            f" DROP TYPE pg_temp.t{i};" for i in range(5))], context="Type information cache"),
+            f" DROP TYPE pg_temp.t{i};" for i in range(20))], function="lookup_type_cache"),
     ]
     others = [
         Scenario("background worker", True, [], function="worker_site", process="corpus worker"),
@@ -223,13 +223,13 @@ def corpus(pg_config, mode="sampled", seconds=10, interval="1s", only=None, rows
             thread.join()
         time.sleep(max(0, until - time.monotonic()))
         # What a scenario's process says of itself, at one moment.
-        found = cluster.rows("SELECT * FROM rheap_call_sites() WHERE verdict <> 'steady' OR live_bytes > 0")
+        found = cluster.rows("SELECT * FROM rheap_leaks()")
         for s in scenarios:
             if s.process:
                 s.rows = [r for r in found if r["backend_type"] == s.process]
                 s.known = False
             else:
-                s.rows = [r for r in cluster.rows(f"SELECT * FROM rheap_call_sites({s.pid})")]
+                s.rows = cluster.rows(f"SELECT * FROM rheap_leaks({s.pid})")
         for process in others:
             process.terminate()
             process.wait()

@@ -49,6 +49,8 @@ pub struct Site {
     last_epoch: AtomicU32,
     bin_shift: AtomicU32,
     reported: AtomicU32,
+    /// Of the latest record, which is what generations count; pairs that are freed at once do not matter to them.
+    recorded_epoch: AtomicU32,
     bins: [Bin; BINS],
     history: [AtomicU64; HISTORY],
 }
@@ -104,7 +106,9 @@ impl Site {
         for cell in [&self.first_seen, &self.last_seen, &self.query_id] {
             cell.store(0, Relaxed);
         }
-        for cell in [&self.inexact, &self.first_epoch, &self.last_epoch, &self.bin_shift, &self.reported] {
+        for cell in
+            [&self.inexact, &self.first_epoch, &self.last_epoch, &self.bin_shift, &self.reported, &self.recorded_epoch]
+        {
             cell.store(0, Relaxed);
         }
         for bin in &self.bins {
@@ -147,7 +151,8 @@ impl Site {
     #[inline]
     pub fn record(&self, size: u64, alloc_weight: u64, live_weight: u64, stamp: Stamp) {
         let _write = self.write();
-        let fresh = self.last_epoch.load(Relaxed) != stamp.epoch;
+        let fresh = self.recorded_epoch.load(Relaxed) != stamp.epoch;
+        self.recorded_epoch.store(stamp.epoch, Relaxed);
         self.note(size, alloc_weight, stamp);
         add(&self.live_count, live_weight);
         add(&self.live_bytes, live_weight * size);

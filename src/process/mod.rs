@@ -64,6 +64,8 @@ pub struct Process {
     pub rows: Cursor,
     pub walk: Walk,
     epoch: u32,
+    /// The epoch at the last walk.
+    walked_epoch: u32,
     /// `MyBackendType` as last seen: a child says who it is only some allocations after its start.
     kind: pg_sys::BackendType::Type,
     /// Set once messages arrive: then they are the epochs of work.
@@ -114,6 +116,7 @@ pub static PROCESS: Global = Global(UnsafeCell::new(Process {
     rows: Cursor { next: 0, end: 0, chunks: 0 },
     walk: Walk::new(),
     epoch: 0,
+    walked_epoch: 0,
     kind: 0,
     has_messages: false,
     has_served: false,
@@ -384,9 +387,12 @@ impl Process {
         self.now = now();
         if self.walk.is_due(self.now) {
             self.follow_settings();
-            if !self.has_messages && slot.backend_type.load(Relaxed) != POSTMASTER {
+            // Where no work has begun since the last walk, as in a long statement and in processes without messages,
+            // the time between two walks is the unit.
+            if self.epoch == self.walked_epoch && slot.backend_type.load(Relaxed) != POSTMASTER {
                 self.next_epoch(slot);
             }
+            self.walked_epoch = self.epoch;
             self.flush(false);
             // SAFETY: at the exit of a palloc or between two messages, where the tree is consistent.
             unsafe { crate::walk::walk(self, slot) };

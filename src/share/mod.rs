@@ -153,6 +153,11 @@ impl Share {
         self.slots.iter().enumerate().filter(|(_, s)| slot::alive(s.pid.load(Acquire))).map(|(i, s)| (i as u32, s))
     }
 
+    /// The path of a context's parent; 0 at the top.
+    pub fn parent(&self, path: u32) -> u32 {
+        dictionary::unpack(&self.paths.get(path)).map_or(0, |(parent, _)| parent as u32)
+    }
+
     /// The names along a context path, from the top, joined by `/`.
     pub fn path_name(&self, path: u32) -> String {
         let mut names = Vec::new();

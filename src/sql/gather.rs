@@ -1,12 +1,14 @@
 //! Call sites of one process or of all, folded by backend type, context path and call stack.
 
 use std::collections::HashMap;
+use std::collections::hash_map::Entry;
 use std::sync::atomic::Ordering::*;
 
 use crate::ledger::account::SiteCopy;
+use crate::share::Share;
 use crate::symbols::helpers::is_helper;
 use crate::symbols::{Frame, Symbols};
-use crate::verdict::{Judgement, Verdict, judge_site};
+use crate::verdict::{Judgement, Verdict, judge_contexts};
 
 /// One row of `rheap_leaks` and `rheap_call_sites`, before names.
 pub struct Gathered {
@@ -16,6 +18,8 @@ pub struct Gathered {
     pub path: String,
     pub processes: i32,
     pub pid: i32,
+    /// More than one where rows were folded.
+    pub stacks: Vec<u32>,
     /// Live bytes of the process that holds most.
     most: u64,
 }
@@ -51,8 +55,89 @@ impl Gathered {
     }
 }
 
+/// What of one process is one row: a call site, or all that the contexts of a kind that multiplies hold.
+struct Group {
+    copy: SiteCopy,
+    contexts: u32,
+    stacks: Vec<u32>,
+}
+
+impl From<SiteCopy> for Group {
+    fn from(copy: SiteCopy) -> Self {
+        Group { stacks: vec![copy.stack], contexts: 0, copy }
+    }
+}
+
+/// Which call sites of a process make one row.
+#[derive(Clone, Copy, PartialEq)]
+pub enum Fold {
+    Nothing,
+    /// Those that allocate in contexts that multiply, since the leak is one of contexts.
+    Contexts,
+}
+
+/// So many contexts of one path are many.
+const MANY: u32 = 32;
+
+/// Sums up the sites that allocate in contexts that multiply, under the outermost path that does. A site belongs to
+/// them if it has about one chunk in each: one that leaks within a few of many contexts is a leak of its own.
+fn multiplied(share: &Share, slot: u32, sites: Vec<SiteCopy>) -> Vec<Group> {
+    let many: HashMap<u32, u32> = (share.rows.owned(slot))
+        .flat_map(|chunk| share.rows.rows_of(chunk).filter_map(|(_, row)| row.copy()))
+        .filter(|row| row.seen.contexts >= MANY)
+        .map(|row| (row.path, row.seen.contexts))
+        .collect();
+    let mut groups: Vec<Group> = Vec::new();
+    let mut of_path: HashMap<u32, usize> = HashMap::new();
+    for copy in sites {
+        let mut outermost = None;
+        let mut path = copy.path;
+        while path != 0 {
+            if let Some(&contexts) = many.get(&path)
+                && copy.live_count * 2 >= contexts as u64
+            {
+                outermost = Some((path, contexts));
+            }
+            path = share.parent(path);
+        }
+        let Some((path, contexts)) = outermost else {
+            groups.push(copy.into());
+            continue;
+        };
+        match of_path.get(&path) {
+            Some(&known) => groups[known].join(copy),
+            None => {
+                of_path.insert(path, groups.len());
+                groups.push(Group { stacks: vec![copy.stack], contexts, copy: SiteCopy { path, ..copy } });
+            }
+        }
+    }
+    groups
+}
+
+impl Group {
+    /// The ages are those of the site that has most generations: they are all of the same contexts.
+    fn join(&mut self, other: SiteCopy) {
+        let generations = |copy: &SiteCopy| copy.bins.iter().map(|bin| bin.1).sum::<u32>();
+        self.stacks.push(other.stack);
+        let all = &mut self.copy;
+        let sum = SiteCopy {
+            path: all.path,
+            exact: all.exact && other.exact,
+            alloc_count: all.alloc_count + other.alloc_count,
+            alloc_bytes: all.alloc_bytes + other.alloc_bytes,
+            live_count: all.live_count + other.live_count,
+            live_bytes: all.live_bytes + other.live_bytes,
+            first_seen: all.first_seen.min(other.first_seen),
+            history: std::array::from_fn(|i| all.history[i] + other.history[i]),
+            ..if generations(&other) > generations(all) { other } else { all.clone() }
+        };
+        *all = sum;
+    }
+}
+
 /// Worst first.
-pub fn gather(function: &str, pid: Option<i32>, wanted: impl Fn(Verdict) -> bool) -> Vec<Gathered> {
+pub fn gather(function: &str, pid: Option<i32>, fold: Fold, wanted: impl Fn(Verdict) -> bool) -> Vec<Gathered> {
     let (share, slots) = super::slots(function, pid);
     let mut folded: HashMap<(String, u32, u32), Gathered> = HashMap::new();
     for (index, slot) in slots {
@@ -60,25 +145,29 @@ pub fn gather(function: &str, pid: Option<i32>, wanted: impl Fn(Verdict) -> bool
             continue;
         }
         let (pid, backend_type) = (slot.pid.load(Acquire), super::backend_type(slot));
-        for chunk in share.sites.owned(index) {
-            for (_, site) in share.sites.rows_of(chunk) {
-                let Some(copy) = site.copy() else { continue };
-                let judgement = judge_site(&share, slot, &copy);
-                match folded.entry((backend_type.clone(), copy.path, copy.stack)) {
-                    std::collections::hash_map::Entry::Occupied(mut known) => {
-                        known.get_mut().merge(judgement, copy, pid)
-                    }
-                    std::collections::hash_map::Entry::Vacant(free) => {
-                        free.insert(Gathered {
-                            judgement,
-                            backend_type: backend_type.clone(),
-                            path: share.path_name(copy.path),
-                            processes: (copy.live_count > 0) as i32,
-                            pid,
-                            most: copy.live_bytes,
-                            copy,
-                        });
-                    }
+        let sites: Vec<SiteCopy> = (share.sites.owned(index))
+            .flat_map(|chunk| share.sites.rows_of(chunk).filter_map(|(_, site)| site.copy()))
+            .collect();
+        let groups = match fold {
+            Fold::Nothing => sites.into_iter().map(Group::from).collect(),
+            Fold::Contexts => multiplied(&share, index, sites),
+        };
+        for Group { copy, contexts, stacks } in groups {
+            let judgement = judge_contexts(&share, slot, &copy, contexts);
+            let key = (backend_type.clone(), copy.path, if contexts == 0 { copy.stack } else { 0 });
+            match folded.entry(key) {
+                Entry::Occupied(mut known) => known.get_mut().merge(judgement, copy, pid),
+                Entry::Vacant(free) => {
+                    free.insert(Gathered {
+                        judgement,
+                        backend_type: backend_type.clone(),
+                        path: share.path_name(copy.path),
+                        processes: (copy.live_count > 0) as i32,
+                        pid,
+                        stacks,
+                        most: copy.live_bytes,
+                        copy,
+                    });
                 }
             }
         }
@@ -93,7 +182,17 @@ pub fn gather(function: &str, pid: Option<i32>, wanted: impl Fn(Verdict) -> bool
     rows
 }
 
-/// The frames of a row's stack, and which of them is the culprit: the innermost that does not only allocate for
+impl Gathered {
+    /// The frames of the row, and the index of the culprit among them.
+    pub fn frames(&self, symbols: &mut Symbols) -> (Vec<Frame>, usize) {
+        match &self.stacks[..] {
+            [stack] => culprit(symbols, *stack),
+            stacks => common(stacks.iter().map(|&stack| symbols.stack(stack)).collect()),
+        }
+    }
+}
+
+/// The frames of a stack, and which of them is the culprit: the innermost that does not only allocate for
 /// its caller.
 pub fn culprit(symbols: &mut Symbols, stack: u32) -> (Vec<Frame>, usize) {
     let frames = symbols.stack(stack);

@@ -3,7 +3,7 @@
 use pgrx::datum::TimestampWithTimeZone;
 use pgrx::prelude::*;
 
-use super::gather::{Gathered, culprit, gather};
+use super::gather::{Fold, Gathered, gather};
 use crate::symbols::{Frame, Symbols};
 use crate::verdict::Verdict;
 
@@ -34,7 +34,7 @@ fn rheap_leaks(
         name!(stack, Vec<String>),
     ),
 > {
-    let rows = gather("rheap_leaks", pid, |verdict| verdict >= Verdict::Suspect);
+    let rows = gather("rheap_leaks", pid, Fold::Contexts, |verdict| verdict >= Verdict::Suspect);
     TableIterator::new(named(rows).map(|(g, frames, at, query_id)| {
         (
             g.judgement.verdict.name().into(),
@@ -90,7 +90,7 @@ fn rheap_call_sites(
         name!(exact, bool),
     ),
 > {
-    let rows = gather("rheap_call_sites", pid, |_| true);
+    let rows = gather("rheap_call_sites", pid, Fold::Nothing, |_| true);
     TableIterator::new(named(rows).map(|(g, frames, at, query_id)| {
         (
             g.judgement.verdict.name().into(),
@@ -128,7 +128,7 @@ fn named(rows: Vec<Gathered>) -> impl Iterator<Item = (Gathered, Vec<Frame>, usi
     let named: Vec<_> = rows
         .into_iter()
         .map(|g| {
-            let (frames, at) = culprit(&mut symbols, g.copy.stack);
+            let (frames, at) = g.frames(&mut symbols);
             let query_id = Some(g.copy.query_id).filter(|&id| id != 0 && all_stats);
             (g, frames, at, query_id)
         })

@@ -5,7 +5,7 @@ use std::sync::atomic::Ordering::*;
 use pgrx::prelude::*;
 use serde::Serialize;
 
-use super::gather::{culprit, gather};
+use super::gather::{Fold, gather};
 use crate::settings::Mode;
 use crate::symbols::{Frame, Symbols};
 use crate::verdict::Verdict;
@@ -51,13 +51,13 @@ struct Process {
 /// The leaks of all live processes or of one, and the processes, as one document.
 #[pg_extern(volatile, parallel_restricted)]
 fn rheap_report_json(pid: default!(Option<i32>, "NULL")) -> pgrx::JsonB {
-    let gathered = gather("rheap_report_json", pid, |verdict| verdict >= Verdict::Suspect);
+    let gathered = gather("rheap_report_json", pid, Fold::Contexts, |verdict| verdict >= Verdict::Suspect);
     let (share, slots) = super::slots("rheap_report_json", pid);
     let mut symbols = Symbols::new(&share);
     let leaks = gathered
         .into_iter()
         .map(|g| {
-            let (stack, culprit) = culprit(&mut symbols, g.copy.stack);
+            let (stack, culprit) = g.frames(&mut symbols);
             Leak {
                 verdict: g.judgement.verdict.name(),
                 confidence: g.judgement.confidence,
