@@ -25,8 +25,25 @@ pub struct Gathered {
 }
 
 impl Gathered {
+    /// The worst first.
+    pub fn cmp(&self, other: &Self) -> std::cmp::Ordering {
+        let (ours, theirs) = (self.rank(), other.rank());
+        theirs
+            .partial_cmp(&ours)
+            .unwrap_or(std::cmp::Ordering::Equal)
+            .then(other.copy.live_bytes.cmp(&self.copy.live_bytes))
+    }
+
     fn rank(&self) -> (Verdict, f64) {
         (self.judgement.verdict, self.judgement.confidence * self.copy.live_bytes as f64)
+    }
+
+    /// Takes in what another site of the same leak holds in the same processes.
+    pub fn absorb(&mut self, other: Gathered) {
+        let processes = self.processes.max(other.processes);
+        self.stacks.extend(other.stacks);
+        self.merge(other.judgement, other.copy, other.pid);
+        self.processes = processes;
     }
 
     fn merge(&mut self, judgement: Judgement, copy: SiteCopy, pid: i32) {
@@ -79,8 +96,12 @@ pub enum Fold {
 /// So many contexts of one path are many.
 const MANY: u32 = 32;
 
+/// Into so many sites a loop may have been unrolled.
+const UNROLLED: u64 = 16;
+
 /// Sums up the sites that allocate in contexts that multiply, under the outermost path that does. A site belongs to
-/// them if it has about one chunk in each: one that leaks within a few of many contexts is a leak of its own.
+/// them if it has chunks in a good part of them (a loop that was unrolled makes several sites of one): what leaks within
+/// a few of many contexts is a leak of its own.
 fn multiplied(share: &Share, slot: u32, sites: Vec<SiteCopy>) -> Vec<Group> {
     let many: HashMap<u32, u32> = (share.rows.owned(slot))
         .flat_map(|chunk| share.rows.rows_of(chunk).filter_map(|(_, row)| row.copy()))
@@ -94,7 +115,7 @@ fn multiplied(share: &Share, slot: u32, sites: Vec<SiteCopy>) -> Vec<Group> {
         let mut path = copy.path;
         while path != 0 {
             if let Some(&contexts) = many.get(&path)
-                && copy.live_count * 2 >= contexts as u64
+                && copy.live_count * UNROLLED >= contexts as u64
             {
                 outermost = Some((path, contexts));
             }
@@ -173,12 +194,7 @@ pub fn gather(function: &str, pid: Option<i32>, fold: Fold, wanted: impl Fn(Verd
         }
     }
     let mut rows: Vec<Gathered> = folded.into_values().filter(|g| wanted(g.judgement.verdict)).collect();
-    rows.sort_by(|a, b| {
-        b.rank()
-            .partial_cmp(&a.rank())
-            .unwrap_or(std::cmp::Ordering::Equal)
-            .then(b.copy.live_bytes.cmp(&a.copy.live_bytes))
-    });
+    rows.sort_by(Gathered::cmp);
     rows
 }
 
@@ -200,8 +216,21 @@ pub fn culprit(symbols: &mut Symbols, stack: u32) -> (Vec<Frame>, usize) {
     (frames, index)
 }
 
+/// Functions without a name that a helper has called are its own, on stripped servers: so many at most.
+const NAMELESS: usize = 3;
+
 fn innermost(frames: &[Frame]) -> usize {
-    frames.iter().position(|f| !f.function.as_deref().is_some_and(is_helper)).unwrap_or(0)
+    let helps = |f: &Frame| f.function.as_deref().is_some_and(is_helper);
+    let mut at = 0;
+    loop {
+        let nameless = frames[at..].iter().take_while(|f| f.function.is_none()).take(NAMELESS).count();
+        match frames.get(at + nameless) {
+            Some(frame) if helps(frame) => at += nameless + 1,
+            Some(_) => return at,
+            // Helpers all the way: the one that allocates says most.
+            None => return 0,
+        }
+    }
 }
 
 /// The frames that stacks have in common, from `main` on, and the culprit among them: who made the contexts that

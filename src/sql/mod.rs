@@ -8,6 +8,7 @@ mod leaks;
 mod processes;
 mod report;
 mod reset;
+mod suppress;
 
 use core::ffi::CStr;
 use std::sync::atomic::Ordering::*;

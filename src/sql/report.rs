@@ -5,10 +5,8 @@ use std::sync::atomic::Ordering::*;
 use pgrx::prelude::*;
 use serde::Serialize;
 
-use super::gather::{Fold, gather};
 use crate::settings::Mode;
-use crate::symbols::{Frame, Symbols};
-use crate::verdict::Verdict;
+use crate::symbols::Frame;
 
 #[derive(Serialize)]
 struct Report {
@@ -51,29 +49,24 @@ struct Process {
 /// The leaks of all live processes or of one, and the processes, as one document.
 #[pg_extern(volatile, parallel_restricted)]
 fn rheap_report_json(pid: default!(Option<i32>, "NULL")) -> pgrx::JsonB {
-    let gathered = gather("rheap_report_json", pid, Fold::Contexts, |verdict| verdict >= Verdict::Suspect);
-    let (share, slots) = super::slots("rheap_report_json", pid);
-    let mut symbols = Symbols::new(&share);
-    let leaks = gathered
+    let (_, slots) = super::slots("rheap_report_json", pid);
+    let leaks = super::leaks::leaks("rheap_report_json", pid)
         .into_iter()
-        .map(|g| {
-            let (stack, culprit) = g.frames(&mut symbols);
-            Leak {
-                verdict: g.judgement.verdict.name(),
-                confidence: g.judgement.confidence,
-                reason: g.judgement.reason,
-                context: g.path,
-                backend_type: g.backend_type,
-                processes: g.processes,
-                pid: g.pid,
-                live_bytes: g.copy.live_bytes,
-                live_count: g.copy.live_count,
-                growth_bytes_per_s: g.judgement.growth_bytes_per_s,
-                generations: g.judgement.generations,
-                exact: g.copy.exact,
-                culprit,
-                stack,
-            }
+        .map(|(g, stack, culprit, _)| Leak {
+            verdict: g.judgement.verdict.name(),
+            confidence: g.judgement.confidence,
+            reason: g.judgement.reason,
+            context: g.path,
+            backend_type: g.backend_type,
+            processes: g.processes,
+            pid: g.pid,
+            live_bytes: g.copy.live_bytes,
+            live_count: g.copy.live_count,
+            growth_bytes_per_s: g.judgement.growth_bytes_per_s,
+            generations: g.judgement.generations,
+            exact: g.copy.exact,
+            culprit,
+            stack,
         })
         .collect();
     let processes = slots

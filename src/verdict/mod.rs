@@ -6,6 +6,7 @@
 
 pub mod caches;
 pub mod proportion;
+pub mod suppression;
 
 use std::sync::atomic::Ordering::*;
 
