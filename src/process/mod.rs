@@ -631,6 +631,12 @@ pub fn settle() {
     });
 }
 
+/// Names are learned of contexts that were built to go away and then kept, at any moment between two statements.
+pub fn look_for_moved() {
+    // SAFETY: the caller runs SQL, between two statements of it: the tree is consistent.
+    guarded(|p| unsafe { crate::walk::moved::look(p) });
+}
+
 /// In the middle of a long statement.
 pub fn tick() {
     guarded(|p| {

@@ -236,13 +236,12 @@ fn innermost(frames: &[Frame]) -> usize {
 /// The frames that stacks have in common, from `main` on, and the culprit among them: who made the contexts that
 /// these stacks allocate in. Of a function that allocates at several of its lines, one line is shown.
 pub fn common(stacks: Vec<Vec<Frame>>) -> (Vec<Frame>, usize) {
+    let same = |a: &Frame, b: &Frame| a == b || (a.function.is_some() && a.function == b.function);
     let mut stacks = stacks.into_iter();
     let mut shared: Vec<Frame> = stacks.next().unwrap_or_default();
     for other in stacks {
-        let same = shared.iter().rev().zip(other.iter().rev()).take_while(|(a, b)| a == b).count();
-        let function = |frames: &[Frame]| frames.iter().rev().nth(same).and_then(|f| f.function.clone());
-        let split = function(&shared).is_some() && function(&shared) == function(&other);
-        shared.drain(..shared.len() - same - split as usize);
+        let common = shared.iter().rev().zip(other.iter().rev()).take_while(|(a, b)| same(a, b)).count();
+        shared.drain(..shared.len() - common);
     }
     let index = innermost(&shared);
     (shared, index)
