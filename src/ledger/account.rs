@@ -5,6 +5,8 @@
 
 use std::sync::atomic::{AtomicI64, AtomicU32, AtomicU64, Ordering::*, fence};
 
+use crate::share::ending::HeldSite;
+
 /// Ages are kept in this many bins of equal width, which doubles when the site outlives them.
 pub const BINS: usize = 16;
 /// Live bytes at the latest walks are kept for this many walks.
@@ -292,6 +294,27 @@ impl Site {
     /// Allocations of it that are alive, rounded.
     pub fn live_count(&self) -> u64 {
         whole(self.live_count.load(Relaxed))
+    }
+
+    /// Of the latest allocation; microseconds since 2000-01-01.
+    pub fn last_seen(&self) -> i64 {
+        self.last_seen.load(Relaxed)
+    }
+
+    /// Distinct epochs of which it holds something.
+    pub fn generations(&self) -> u32 {
+        self.bins.iter().map(|bin| bin.generations.load(Relaxed)).sum()
+    }
+
+    /// What it holds as it stands, torn by at most one write: for an account whose writer is no more.
+    pub fn held(&self) -> HeldSite {
+        HeldSite {
+            stack: self.stack.load(Relaxed),
+            path: self.path.load(Relaxed),
+            live_bytes: whole(self.live_bytes.load(Relaxed).min(self.alloc_bytes.load(Relaxed))),
+            live_count: whole(self.live_count.load(Relaxed).min(self.alloc_count.load(Relaxed))),
+            query_id: self.query_id.load(Relaxed),
+        }
     }
 
     /// A copy that no write tore, or None for an unused account and one whose writer died within a write.

@@ -96,6 +96,7 @@ extern "C" fn exiting() {
     // SAFETY: the process's last moments; nothing else runs.
     let process = unsafe { current() };
     if process.own_slot.is_some() && std::process::id() as i32 == process.pid {
+        process.keep_what_is_held();
         process.own_slot = None;
         process.state = State::Refused;
         if let Some(share) = process.share {

@@ -3,7 +3,9 @@
 //! Everything is reached through one static, because a palloc hook has no argument to carry it. Server processes have
 //! a single thread; the state guards against the one thing that can come in between, a signal handler that pallocs.
 
+mod ending;
 mod life;
+mod out_of_memory;
 
 use std::cell::UnsafeCell;
 use std::sync::atomic::{AtomicU64, Ordering::*};
@@ -23,7 +25,9 @@ use crate::share::slot::{POSTMASTER, Slot};
 use crate::stack::memory::Home;
 use crate::stack::{Regs, Stacks, Unwinder};
 use crate::walk::{Walk, path};
+pub use ending::bury_dead;
 pub use life::{prepare, uses_frame_pointers};
+pub use out_of_memory::top_call_sites;
 
 /// Of `rheap.memory_limit`, what is set aside for everything but the ledger.
 const ASIDE: usize = 2 << 20;
@@ -140,10 +144,19 @@ pub unsafe fn current() -> &'static mut Process {
 
 /// Microseconds since 2000-01-01, to the kernel's tick.
 pub fn now() -> i64 {
+    time_by(libc::CLOCK_REALTIME_COARSE)
+}
+
+/// The same to the microsecond, for what is to be compared with other clocks.
+pub fn precisely_now() -> i64 {
+    time_by(libc::CLOCK_REALTIME)
+}
+
+fn time_by(clock: libc::clockid_t) -> i64 {
     const EPOCH: i64 = 946_684_800;
     let mut t = libc::timespec { tv_sec: 0, tv_nsec: 0 };
     // SAFETY: writes to a local; answered without entering the kernel.
-    unsafe { libc::clock_gettime(libc::CLOCK_REALTIME_COARSE, &mut t) };
+    unsafe { libc::clock_gettime(clock, &mut t) };
     (t.tv_sec - EPOCH) * 1_000_000 + t.tv_nsec / 1000
 }
 

@@ -70,6 +70,12 @@ impl Row {
         self.sequence.store(sequence.wrapping_add(1), Release);
     }
 
+    /// Path and used bytes at the last walk, as they stand: for a row whose writer is no more.
+    pub fn held(&self) -> (u32, u64) {
+        let used = self.total_bytes.load(Relaxed).saturating_sub(self.free_bytes.load(Relaxed));
+        (self.path.load(Relaxed), used)
+    }
+
     pub fn close(&self) {
         self.path.store(0, Relaxed);
     }

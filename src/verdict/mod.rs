@@ -4,7 +4,7 @@
 //! forks, windows of time) something is still alive, and whether new ones keep joining while old ones stay. A cache
 //! fills and stops; a queue forgets its oldest; a leak does neither.
 
-mod caches;
+pub mod caches;
 
 use std::sync::atomic::Ordering::*;
 
@@ -69,7 +69,7 @@ pub struct Judgement {
 /// Fewer surviving generations than this are a burst, not a habit.
 const HABIT: u32 = 3;
 /// A known cache must outgrow this many generations before it is anything else.
-const CACHE_HABIT: u32 = 64;
+pub const CACHE_HABIT: u32 = 64;
 /// A burst that is worth a look: this many bytes in this many chunks.
 const BURST_BYTES: u64 = 1 << 20;
 const BURST_COUNT: u64 = 1000;
