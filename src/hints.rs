@@ -43,9 +43,8 @@ unsafe extern "C-unwind" fn reported(report: *mut pg_sys::ErrorData) {
                 (*report).detail_log = block.as_ptr().cast_mut();
             }
         }
-        // Its children's ends are the only ones that it logs; all others make it log nothing here.
-        if pg_sys::PostmasterPid == libc::getpid() {
-            process::bury_dead();
+        if pg_sys::PostmasterPid == libc::getpid() && !(*report).message_id.is_null() {
+            process::postmaster_logs(CStr::from_ptr((*report).message_id).to_bytes());
         }
         let previous = PREVIOUS.load(Relaxed);
         if !previous.is_null() {

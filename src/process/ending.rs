@@ -49,6 +49,21 @@ pub fn bury_dead() {
     }
 }
 
+/// The postmaster logs a message, untranslated here. What it has to say of its children's ends comes at the right
+/// moments: of one that was killed before it ends the others, and of the last of them before it starts anew.
+pub fn postmaster_logs(message: &[u8]) {
+    bury_dead();
+    // SAFETY: only copied.
+    let (share, own) = unsafe { (current().share, current().slot) };
+    let Some(share) = share.filter(|share| share.cluster) else { return };
+    match message {
+        b"terminating any other active server processes" => share.endings.killed(precisely_now()),
+        // Nobody else is there now, but for a collector of logs, which lives.
+        b"all server processes terminated; reinitializing" => share.release_dead(own),
+        _ => (),
+    }
+}
+
 /// A text of bounded length that takes no memory; what is too much is left out, from a character's start on.
 pub struct Text<const N: usize> {
     bytes: [u8; N],

@@ -25,12 +25,14 @@ use crate::share::slot::{POSTMASTER, Slot};
 use crate::stack::memory::Home;
 use crate::stack::{Regs, Stacks, Unwinder};
 use crate::walk::{Walk, path};
-pub use ending::bury_dead;
+pub use ending::{bury_dead, postmaster_logs};
 pub use life::{prepare, uses_frame_pointers};
 pub use out_of_memory::top_call_sites;
 
 /// Of `rheap.memory_limit`, what is set aside for everything but the ledger.
 const ASIDE: usize = 2 << 20;
+/// Of the rest, the part for accounts of call sites, in the shared table, that ASIDE has no room for.
+const SITES_PART: usize = 8;
 /// Recorded allocations between two looks at the clock within a statement.
 const LOOK: u32 = 256;
 
@@ -112,8 +114,8 @@ pub static PROCESS: Global = Global(UnsafeCell::new(Process {
     aside: Budget::new(ASIDE / 2),
     unwinder: Unwinder::new(),
     stacks: Stacks::new(),
-    sites: Cursor { next: 0, end: 0, chunks: 0 },
-    rows: Cursor { next: 0, end: 0, chunks: 0 },
+    sites: Cursor { next: 0, end: 0, chunks: 0, most: 0 },
+    rows: Cursor { next: 0, end: 0, chunks: 0, most: 0 },
     walk: Walk::new(),
     epoch: 0,
     kind: 0,

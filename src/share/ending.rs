@@ -213,7 +213,7 @@ impl Endings {
     pub fn push(&self, copy: &EndingCopy) {
         let half = (copy.how == How::Killed) as usize;
         if copy.how == How::Killed {
-            self.last_kill[0].fetch_max(copy.ended_at, AcqRel);
+            self.killed(copy.ended_at);
         }
         // A place that cannot be had is passed over; three in a row are as good as none.
         for _ in 0..3 {
@@ -222,6 +222,11 @@ impl Endings {
                 return;
             }
         }
+    }
+
+    /// Somebody was killed, of whom perhaps nothing is known.
+    pub fn killed(&self, at: i64) {
+        self.last_kill[0].fetch_max(at, AcqRel);
     }
 
     /// When somebody was last found killed, 0: never.

@@ -226,6 +226,17 @@ impl Share {
         }
     }
 
+    /// Gives back all slots of dead processes, whose books would keep others from theirs. Only while nobody but the
+    /// caller can claim a slot.
+    pub fn release_dead(&self, own: u32) {
+        for (index, slot) in self.slots.iter().enumerate() {
+            let pid = slot.pid.load(Acquire);
+            if index as u32 != own && pid != 0 && !slot::alive(pid) {
+                self.release_slot(index as u32, pid);
+            }
+        }
+    }
+
     /// Slots of processes that live, with their numbers.
     pub fn live_slots(&self) -> impl Iterator<Item = (u32, &'static Slot)> + '_ {
         self.slots.iter().enumerate().filter(|(_, s)| slot::alive(s.pid.load(Acquire))).map(|(i, s)| (i as u32, s))
