@@ -297,7 +297,7 @@ def test_a_fork_that_fails_is_an_error_of_the_client_alone(cluster):
 
 
 def test_500_connections_at_once(slow_server):
-    with Cluster(slow_server, max_connections=520, rheap__mode="exact") as cluster:
+    with Cluster(slow_server, max_connections=520, rheap__mode="exact", rheap__max_call_sites=1 << 18) as cluster:
         cluster.run_file(HERE / "modules/leaky.sql")
         script = cluster.root / "script.sql"
         script.write_text("SELECT leaky_leak(10, 100);\nSELECT pg_sleep(0.2);\n")
