@@ -16,7 +16,7 @@ STATEMENTS = [
     "SELECT sum(twice(id)) FROM parts",
     "SELECT name, count(*), array_agg(id) FROM parts GROUP BY name ORDER BY name LIMIT 3",
     "WITH RECURSIVE r(n) AS (SELECT 1 UNION ALL SELECT n + 1 FROM r WHERE n < 500) SELECT string_agg(n::text, ',') FROM r",
-    "SELECT xmin, ctid, * FROM parts p JOIN pg_class c ON c.oid = p.tableoid JOIN pg_attribute a ON a.attrelid = c.oid WHERE p.id < 5",
+    "SELECT p.tableoid, * FROM parts p JOIN pg_class c ON c.oid = p.tableoid JOIN pg_attribute a ON a.attrelid = c.oid WHERE p.id < 5",
     "SELECT to_tsvector('english', 'the quick brown foxes') @@ to_tsquery('english', 'fox')",
     "SELECT regexp_replace(md5(g::text), '[a-f]+', '', 'g') FROM generate_series(1, 50) g",
     "DO $$ BEGIN PERFORM twice(-1); EXCEPTION WHEN OTHERS THEN NULL; END $$",

@@ -6,11 +6,14 @@
 //! The modules follow the way of the data: `hook` → `stack` → `ledger` → `walk` → `share` → `verdict` → `symbols` →
 //! `sql`. `process` holds what one server process knows, `pg_compat` what differs between server versions.
 
+#[cfg(test)]
+mod fuzz;
 mod hints;
 mod hook;
 pub mod ledger;
 mod load;
 mod pg_compat;
+mod proc_maps;
 mod process;
 mod query_ids;
 mod settings;

@@ -303,7 +303,7 @@ impl Site {
 
     /// Distinct epochs of which it holds something.
     pub fn generations(&self) -> u32 {
-        self.bins.iter().map(|bin| bin.generations.load(Relaxed)).sum()
+        self.bins.iter().fold(0, |sum, bin| bin.generations.load(Relaxed).saturating_add(sum))
     }
 
     /// What it holds as it stands, torn by at most one write: for an account whose writer is no more.

@@ -191,6 +191,15 @@ impl Share {
         }
     }
 
+    /// The mapping as it is, for tests that damage it.
+    #[cfg(test)]
+    pub fn raw_words(&self) -> &'static [std::sync::atomic::AtomicU64] {
+        let start = self.slots.as_ptr() as usize;
+        let end = &raw const *self.full_logged as usize + size_of::<AtomicU32>();
+        // SAFETY: from the first to the last of what is cut from the mapping; all of it is atomics.
+        unsafe { std::slice::from_raw_parts(start as *const _, (end - start) / 8) }
+    }
+
     /// Takes a slot for this process: a free one, else one whose process is gone.
     pub fn claim_slot(&self, pid: i32, backend_type: i32) -> Option<u32> {
         let take = |index: usize, expected: i32| {
