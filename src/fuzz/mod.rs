@@ -111,6 +111,12 @@ proptest! {
         std::fs::remove_file(&path).unwrap();
     }
 
+}
+
+proptest! {
+    // Each takes a thousand times as long as one of the others.
+    #![proptest_config(ProptestConfig::with_cases(ProptestConfig::default().cases.div_ceil(10)))]
+
     #[test]
     fn a_mapping_full_of_noise_is_read_without_harm(seed in any::<u64>(), density in 1..64u64) {
         let share = Share::map(4, 256, true).unwrap();
