@@ -4,9 +4,10 @@ import os
 import re
 import shutil
 import subprocess
+from pathlib import Path
 
 import pytest
-from cluster import USER, Cluster, run
+from cluster import HERE, USER, Cluster, run
 
 SAMPLED = dict(rheap__walk_interval="100ms")
 EXACT = dict(rheap__mode="exact", rheap__walk_interval="100ms")
@@ -100,7 +101,29 @@ def test_no_assertion_of_the_server_fails_in_its_regression_suite(pg17_cassert):
 
 
 def test_plans_that_are_all_parallel_pass_the_regression_suite(pg17_control):
-    with Cluster(pg17_control, **COMMON, **ALL, debug_parallel_query="regress") as cluster:
+    with Cluster(pg17_control, **COMMON, **EXACT, debug_parallel_query="regress") as cluster:
         suite, differences = regression(cluster, pg17_control.parent.parent / "regress")
         assert suite.returncode == 0, differences[:5000] or suite.stdout
         unharmed(cluster)
+
+
+def test_code_that_is_all_jit_compiled_passes_the_regression_suite(pg15):
+    """On the server with LLVM. What the suite shows of JIT itself, and of the Debian build, is the same without rheap."""
+    tests = Path(subprocess.check_output([HERE / "servers/tests15.sh", pg15], text=True).split()[-1])
+    jit = dict(jit="on", jit_above_cost=0, jit_optimize_above_cost=1000, jit_inline_above_cost=1000)
+    # One line of defaults, which the suite's own runner would have set in a cluster of its own.
+    with Cluster(pg15, **COMMON, **EXACT, **jit) as cluster:
+        if cluster.sql("SELECT pg_jit_available()") != "t":
+            pytest.skip("this build has no LLVM")
+        suite, differences = regression(cluster, tests)
+        with_rheap = failures(suite.stdout)
+        unharmed(cluster)
+    if with_rheap:
+        with Cluster(pg15, preload="", compute_query_id="regress", max_prepared_transactions=2, **jit) as cluster:
+            suite, _ = regression(cluster, tests)
+            assert with_rheap <= failures(suite.stdout), differences[:5000]
+
+
+def failures(output):
+    """Names of the tests that failed, in the runner's output of any version."""
+    return set(re.findall(r"^(?:test|    ) ?(\S+) +\.\.\. FAILED", output, re.M)) | set(re.findall(r"^not ok \d+ +[+-] (\S+)", output, re.M))
