@@ -6,6 +6,7 @@
 use std::sync::atomic::{AtomicI64, AtomicU32, AtomicU64, Ordering::*, fence};
 
 use crate::share::ending::HeldSite;
+use crate::share::patience;
 
 /// Ages are kept in this many bins of equal width, which doubles when the site outlives them.
 pub const BINS: usize = 16;
@@ -319,7 +320,7 @@ impl Site {
 
     /// A copy that no write tore, or None for an unused account and one whose writer died within a write.
     pub fn copy(&self) -> Option<SiteCopy> {
-        for _ in 0..10_000 {
+        for attempt in 0.. {
             let before = self.sequence.load(Acquire);
             if before & 1 == 0 {
                 let copy = self.copy_unchecked();
@@ -328,7 +329,9 @@ impl Site {
                     return (copy.stack != 0).then_some(copy);
                 }
             }
-            std::hint::spin_loop();
+            if !patience(attempt) {
+                break;
+            }
         }
         None
     }

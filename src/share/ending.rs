@@ -6,6 +6,8 @@
 
 use std::sync::atomic::{AtomicI32, AtomicI64, AtomicU32, AtomicU64, Ordering::*, fence};
 
+use super::patience;
+
 /// Call sites and context paths that are kept of one process, largest first.
 pub const KEPT: usize = 12;
 /// Of those that ended only because the server restarted after a crash, those with a call site of this many bytes.
@@ -161,7 +163,7 @@ impl Ending {
 
     /// A copy that no write tore; None for an unused place and one whose writer is at it or died.
     fn read(&self, how: How) -> Option<EndingCopy> {
-        for _ in 0..1000 {
+        for attempt in 0.. {
             let before = self.sequence.load(Acquire);
             if before == 0 {
                 return None;
@@ -192,7 +194,9 @@ impl Ending {
                     return Some(copy);
                 }
             }
-            std::hint::spin_loop();
+            if !patience(attempt) {
+                break;
+            }
         }
         None
     }

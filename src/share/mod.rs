@@ -279,6 +279,17 @@ impl Share {
     }
 }
 
+/// Lets a writer finish who is at it: a moment of spinning, then a few naps, for it may have lost its processor in
+/// between. False when it has had its time: a hundredth of a second, or more where many wait for a processor.
+pub fn patience(attempt: u32) -> bool {
+    match attempt {
+        0..1000 => std::hint::spin_loop(),
+        1000..1100 => std::thread::sleep(std::time::Duration::from_micros(100)),
+        _ => return false,
+    }
+    true
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

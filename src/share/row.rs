@@ -2,6 +2,7 @@
 
 use std::sync::atomic::{AtomicI64, AtomicU32, AtomicU64, Ordering::*, fence};
 
+use super::patience;
 use crate::ledger::account::HISTORY;
 
 /// What one walk saw of a path.
@@ -81,7 +82,7 @@ impl Row {
     }
 
     pub fn copy(&self) -> Option<RowCopy> {
-        for _ in 0..10_000 {
+        for attempt in 0.. {
             let before = self.sequence.load(Acquire);
             if before & 1 == 0 {
                 let copy = self.copy_unchecked();
@@ -90,7 +91,9 @@ impl Row {
                     return (copy.path != 0).then_some(copy);
                 }
             }
-            std::hint::spin_loop();
+            if !patience(attempt) {
+                break;
+            }
         }
         None
     }
