@@ -39,7 +39,7 @@ tar -xjf "$work/source.tar.bz2" -C "$work" --strip-components=1 --wildcards '*/s
 cp -r "$work"/src/test/regress/{sql,expected,data,parallel_schedule,resultmap} "$tests/"
 cp "$("$pg_config" --pkglibdir)/pgxs/src/test/regress/pg_regress" "$tests/"
 compile() {  # compile NAME SOURCE: one library of the suite
-    printf 'MODULES = %s\noverride with_llvm = no\nPG_CONFIG = %s\nPGXS := %s\ninclude $(PGXS)\n' "$1" "$pg_config" "$("$pg_config" --pgxs)" >"$(dirname "$2")/Makefile"
+    printf 'PG_CPPFLAGS = -DREFINT_VERBOSE\nMODULES = %s\noverride with_llvm = no\nPG_CONFIG = %s\nPGXS := %s\ninclude $(PGXS)\n' "$1" "$pg_config" "$("$pg_config" --pgxs)" >"$(dirname "$2")/Makefile"
     make -s -C "$(dirname "$2")" -f Makefile all >>"$log" 2>&1 || fail "compiling $1"
     cp "$(dirname "$2")/$1.so" "$tests/"
 }

@@ -55,7 +55,13 @@ fn sections(module: &Module) -> Option<Sections> {
         return None;
     }
     let bases = BaseAddresses::default().set_eh_frame_hdr(module.eh_frame_hdr).set_text(module.start);
-    let header = EhFrameHdr::from(memory(module.eh_frame_hdr, module.eh_end)).parse(&bases, 8).ok()?;
+    let bytes = memory(module.eh_frame_hdr, module.eh_end);
+    // What every linker writes: a count of four bytes, entries of four bytes each way, from the header on. gimli
+    // multiplies without a check what others may claim.
+    if !matches!(bytes.slice(), [1, _, 0x03, 0x3b, ..]) {
+        return None;
+    }
+    let header = EhFrameHdr::from(bytes).parse(&bases, 8).ok()?;
     let gimli::Pointer::Direct(frames) = header.eh_frame_ptr() else { return None };
     // Where .eh_frame lies in the same segment as its header, its end is the segment's.
     if frames < module.eh_frame_hdr || frames >= module.eh_end {
