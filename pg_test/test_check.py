@@ -38,7 +38,7 @@ def test_random_of_the_patched_server_keeps_120_bytes(pg17_leaks, pg17_control):
         assert "drandom" in str(error.value)
         # The statement's own stack, without what runs it.
         stack = session("SELECT stack[1], stack[cardinality(stack)] FROM rheap_check('select random()')")
-        assert stack.startswith("drandom at") and "_SPI_execute_plan" in stack
+        assert stack.startswith("drandom at") and "SPI_execute at src/backend/executor/spi.c" in stack
     with Cluster(pg17_control, preload="") as cluster:
         cluster.sql("CREATE EXTENSION rheap")
         session = cluster.session()
@@ -75,9 +75,10 @@ def test_two_leaks_of_one_statement(loaded):
     session.close()
 
 
-# What cannot stand in a function, or belongs to a session's whole life.
+# What cannot stand in a function, belongs to a session's whole life, or is forgotten when the transaction ends only:
+# what the catalog caches know of tables that were made and dropped in it.
 NOT_IN_A_FUNCTION = {"cursors", "subtransactions", "vacuum", "temporary table refilled", "call with commit",
-                     "failing statements"}
+                     "failing statements", "many tables"}
 
 
 @pytest.mark.parametrize("name", [s.name for s in corpus.benign() if s.name not in NOT_IN_A_FUNCTION])

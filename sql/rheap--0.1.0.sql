@@ -98,6 +98,28 @@ AS 'MODULE_PATHNAME', 'rheap_contexts_wrapper';
 /* </end connected objects> */
 
 /* <begin connected objects> */
+-- rheap::sql::ended::rheap_ended
+CREATE  FUNCTION "rheap_ended"() RETURNS TABLE (
+	"pid" INT,  /* i32 */
+	"backend_type" TEXT,  /* String */
+	"ended_at" timestamp with time zone,  /* Option < TimestampWithTimeZone > */
+	"how" TEXT,  /* String */
+	"context_bytes" bigint,  /* i64 */
+	"function" TEXT,  /* String */
+	"location" TEXT,  /* String */
+	"context" TEXT,  /* String */
+	"live_bytes" bigint,  /* i64 */
+	"live_count" bigint,  /* i64 */
+	"query_id" bigint,  /* Option < i64 > */
+	"stack" TEXT[],  /* Vec < String > */
+	"contexts" jsonb  /* JsonB */
+)
+STRICT VOLATILE PARALLEL RESTRICTED
+LANGUAGE c /* Rust */
+AS 'MODULE_PATHNAME', 'rheap_ended_wrapper';
+/* </end connected objects> */
+
+/* <begin connected objects> */
 -- rheap::sql::leaks::rheap_leaks
 CREATE  FUNCTION "rheap_leaks"(
 	"pid" INT DEFAULT NULL /* Option < i32 > */
@@ -218,16 +240,18 @@ CREATE VIEW rheap_leaks AS SELECT * FROM rheap_leaks();
 CREATE VIEW rheap_call_sites AS SELECT * FROM rheap_call_sites();
 CREATE VIEW rheap_contexts AS SELECT * FROM rheap_contexts();
 CREATE VIEW rheap_processes AS SELECT * FROM rheap_processes();
+CREATE VIEW rheap_ended AS SELECT * FROM rheap_ended();
 
-REVOKE ALL ON FUNCTION rheap_leaks(int), rheap_call_sites(int), rheap_contexts(int), rheap_processes(int), rheap_report_json(int), rheap_reset(int), rheap_check(text, int, int), rheap_assert_no_leaks(text, int, int), rheap_suppress(text, text), rheap_unsuppress(text), rheap_require_version(text) FROM PUBLIC;
-REVOKE ALL ON rheap_suppressions, rheap_leaks, rheap_call_sites, rheap_contexts, rheap_processes FROM PUBLIC;
-GRANT EXECUTE ON FUNCTION rheap_leaks(int), rheap_call_sites(int), rheap_contexts(int), rheap_processes(int), rheap_report_json(int), rheap_check(text, int, int), rheap_assert_no_leaks(text, int, int) TO pg_monitor;
-GRANT SELECT ON rheap_suppressions, rheap_leaks, rheap_call_sites, rheap_contexts, rheap_processes TO pg_monitor;
+REVOKE ALL ON FUNCTION rheap_leaks(int), rheap_call_sites(int), rheap_contexts(int), rheap_processes(int), rheap_ended(), rheap_report_json(int), rheap_reset(int), rheap_check(text, int, int), rheap_assert_no_leaks(text, int, int), rheap_suppress(text, text), rheap_unsuppress(text), rheap_require_version(text) FROM PUBLIC;
+REVOKE ALL ON rheap_suppressions, rheap_leaks, rheap_call_sites, rheap_contexts, rheap_processes, rheap_ended FROM PUBLIC;
+GRANT EXECUTE ON FUNCTION rheap_leaks(int), rheap_call_sites(int), rheap_contexts(int), rheap_processes(int), rheap_ended(), rheap_report_json(int), rheap_check(text, int, int), rheap_assert_no_leaks(text, int, int) TO pg_monitor;
+GRANT SELECT ON rheap_suppressions, rheap_leaks, rheap_call_sites, rheap_contexts, rheap_processes, rheap_ended TO pg_monitor;
 
 COMMENT ON FUNCTION rheap_leaks(int) IS 'memory leaks of all live processes, or of one: a row per call site that keeps growing, worst first';
 COMMENT ON FUNCTION rheap_call_sites(int) IS 'every call site in watched memory contexts, with verdict and counts';
 COMMENT ON FUNCTION rheap_contexts(int) IS 'memory contexts per process and path, and how they have grown';
 COMMENT ON FUNCTION rheap_processes(int) IS 'what rheap knows of each process, and what it costs there';
+COMMENT ON FUNCTION rheap_ended() IS 'what processes held when they ended or were killed, newest first: a row per call site';
 COMMENT ON FUNCTION rheap_report_json(int) IS 'the leaks and the processes as one JSON document';
 COMMENT ON FUNCTION rheap_reset(int) IS 'forget the history of one process or of all: the baseline is now';
 COMMENT ON FUNCTION rheap_check(text, int, int) IS 'run a statement many times in this session: a row per call site that keeps memory of each call';
@@ -240,5 +264,6 @@ COMMENT ON VIEW rheap_leaks IS 'memory leaks of all live processes, worst first'
 COMMENT ON VIEW rheap_call_sites IS 'every call site in watched memory contexts of all live processes';
 COMMENT ON VIEW rheap_contexts IS 'memory contexts of all live processes by path';
 COMMENT ON VIEW rheap_processes IS 'what rheap knows of each live process';
+COMMENT ON VIEW rheap_ended IS 'what processes held when they ended or were killed, newest first';
 /* </end connected objects> */
 

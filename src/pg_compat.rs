@@ -82,6 +82,21 @@ pub fn layout_fits() -> Result<(), &'static str> {
 /// # Safety
 /// From parse analysis, with its arguments. May raise an error, as the server's own call may.
 pub unsafe fn jumble(state: *mut pg_sys::ParseState, query: *mut pg_sys::Query) -> *mut pg_sys::JumbleState {
+    // The server asserts that somebody has asked for ids for every statement. An error in between, for want of memory,
+    // leaves it at that: then the server computes them.
+    // SAFETY: a variable of the server, in its only thread.
+    let enabled = unsafe { std::ptr::replace(&raw mut pg_sys::query_id_enabled, true) };
+    // SAFETY: the caller's promise.
+    let state = unsafe { call_jumble(state, query) };
+    // SAFETY: as above.
+    unsafe { pg_sys::query_id_enabled = enabled };
+    state
+}
+
+/// # Safety
+/// As for `jumble`.
+#[inline(always)]
+unsafe fn call_jumble(state: *mut pg_sys::ParseState, query: *mut pg_sys::Query) -> *mut pg_sys::JumbleState {
     // Declared here, since the bindings' wrapper costs more than a small query's id.
     #[cfg(feature = "pg15")]
     // SAFETY: the caller's promise.

@@ -5,6 +5,9 @@
 
 use std::sync::atomic::{AtomicI64, AtomicU32, AtomicU64, Ordering::*, fence};
 
+use crate::share::ending::HeldSite;
+use crate::share::patience;
+
 /// Ages are kept in this many bins of equal width, which doubles when the site outlives them.
 pub const BINS: usize = 16;
 /// Live bytes at the latest walks are kept for this many walks.
@@ -299,9 +302,30 @@ impl Site {
         whole(self.live_count.load(Relaxed))
     }
 
+    /// Of the latest allocation; microseconds since 2000-01-01.
+    pub fn last_seen(&self) -> i64 {
+        self.last_seen.load(Relaxed)
+    }
+
+    /// Distinct epochs of which it holds something.
+    pub fn generations(&self) -> u32 {
+        self.bins.iter().fold(0, |sum, bin| bin.generations.load(Relaxed).saturating_add(sum))
+    }
+
+    /// What it holds as it stands, torn by at most one write: for an account whose writer is no more.
+    pub fn held(&self) -> HeldSite {
+        HeldSite {
+            stack: self.stack.load(Relaxed),
+            path: self.path.load(Relaxed),
+            live_bytes: whole(self.live_bytes.load(Relaxed).min(self.alloc_bytes.load(Relaxed))),
+            live_count: whole(self.live_count.load(Relaxed).min(self.alloc_count.load(Relaxed))),
+            query_id: self.query_id.load(Relaxed),
+        }
+    }
+
     /// A copy that no write tore, or None for an unused account and one whose writer died within a write.
     pub fn copy(&self) -> Option<SiteCopy> {
-        for _ in 0..10_000 {
+        for attempt in 0.. {
             let before = self.sequence.load(Acquire);
             if before & 1 == 0 {
                 let copy = self.copy_unchecked();
@@ -310,7 +334,9 @@ impl Site {
                     return (copy.stack != 0).then_some(copy);
                 }
             }
-            std::hint::spin_loop();
+            if !patience(attempt) {
+                break;
+            }
         }
         None
     }

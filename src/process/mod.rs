@@ -3,7 +3,9 @@
 //! Everything is reached through one static, because a palloc hook has no argument to carry it. Server processes have
 //! a single thread; the state guards against the one thing that can come in between, a signal handler that pallocs.
 
+mod ending;
 mod life;
+mod out_of_memory;
 
 use std::cell::UnsafeCell;
 use std::sync::atomic::{AtomicU64, Ordering::*};
@@ -23,10 +25,14 @@ use crate::share::slot::{POSTMASTER, Slot};
 use crate::stack::memory::Home;
 use crate::stack::{Regs, Stacks, Unwinder};
 use crate::walk::{Walk, path};
+pub use ending::{bury_dead, postmaster_logs};
 pub use life::{check, prepare, uses_frame_pointers};
+pub use out_of_memory::top_call_sites;
 
 /// Of `rheap.memory_limit`, what is set aside for everything but the ledger.
 const ASIDE: usize = 2 << 20;
+/// Of the rest, the part for accounts of call sites, in the shared table, that ASIDE has no room for.
+const SITES_PART: usize = 8;
 /// Recorded allocations between two looks at the clock within a statement.
 const LOOK: u32 = 256;
 
@@ -112,8 +118,8 @@ pub static PROCESS: Global = Global(UnsafeCell::new(Process {
     aside: Budget::new(ASIDE / 2),
     unwinder: Unwinder::new(),
     stacks: Stacks::new(),
-    sites: Cursor { next: 0, end: 0, chunks: 0 },
-    rows: Cursor { next: 0, end: 0, chunks: 0 },
+    sites: Cursor { next: 0, end: 0, chunks: 0, most: 0 },
+    rows: Cursor { next: 0, end: 0, chunks: 0, most: 0 },
     walk: Walk::new(),
     epoch: 0,
     walked_epoch: 0,
@@ -146,10 +152,19 @@ pub unsafe fn current() -> &'static mut Process {
 
 /// Microseconds since 2000-01-01, to the kernel's tick.
 pub fn now() -> i64 {
+    time_by(libc::CLOCK_REALTIME_COARSE)
+}
+
+/// The same to the microsecond, for what is to be compared with other clocks.
+pub fn precisely_now() -> i64 {
+    time_by(libc::CLOCK_REALTIME)
+}
+
+fn time_by(clock: libc::clockid_t) -> i64 {
     const EPOCH: i64 = 946_684_800;
     let mut t = libc::timespec { tv_sec: 0, tv_nsec: 0 };
     // SAFETY: writes to a local; answered without entering the kernel.
-    unsafe { libc::clock_gettime(libc::CLOCK_REALTIME_COARSE, &mut t) };
+    unsafe { libc::clock_gettime(clock, &mut t) };
     (t.tv_sec - EPOCH) * 1_000_000 + t.tv_nsec / 1000
 }
 
@@ -631,10 +646,17 @@ pub fn settle() {
     });
 }
 
-/// Names are learned of contexts that were built to go away and then kept, at any moment between two statements.
-pub fn look_for_moved() {
-    // SAFETY: the caller runs SQL, between two statements of it: the tree is consistent.
-    guarded(|p| unsafe { crate::walk::moved::look(p) });
+/// Everything is looked at now, at any moment between two statements: names are learned of contexts that were built
+/// to go away and then kept, and what they hold moves to the accounts of where they are.
+pub fn look_at_all() {
+    guarded(|p| {
+        if let Some(slot) = p.slot() {
+            // SAFETY: the caller runs SQL, between two statements of it: the tree is consistent.
+            unsafe { crate::walk::moved::look(p) };
+            p.walk.hurry();
+            p.look(slot);
+        }
+    });
 }
 
 /// In the middle of a long statement.

@@ -52,7 +52,7 @@ struct Books {
 
 impl Books {
     fn now() -> Self {
-        process::look_for_moved();
+        process::look_at_all();
         process::settle();
         // SAFETY: between two statements of this session; the tree is consistent, and the reference ends here.
         unsafe { Books { sites: process::current().held_by_site(), contexts: walk::census(process::current()) } }

@@ -39,6 +39,7 @@ const UNTIL_TRANSACTION_END: &[(&str, &str)] = &[
     ("RelationDropStorage", "a file to remove if it does not"),
     ("RelationClearRelation", "row descriptors that somebody may still look at"),
     ("RelationBuildLocalRelation", "what is known of a relation that was made and dropped"),
+    ("RelationInitIndexAccessInfo", "what is known of an index that was made and dropped"),
     ("RelationDestroyRelation", "row descriptors that somebody may still look at"),
     ("RememberToFreeTupleDescAtEOX", "row descriptors that somebody may still look at"),
     ("ReadBuffer_common", "a pin"),

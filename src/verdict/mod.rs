@@ -75,7 +75,7 @@ pub struct Judgement {
 /// Fewer surviving generations than this are a burst, not a habit.
 const HABIT: u32 = 3;
 /// A known cache must outgrow this many generations before it is anything else.
-const CACHE_HABIT: u32 = 64;
+pub const CACHE_HABIT: u32 = 64;
 /// Hash tables allocate for many entries at a time, in chunks of at least this size: fewer generations say as much.
 const BATCH_BYTES: u64 = 4096;
 const BATCH_HABIT: u32 = 12;
