@@ -4,8 +4,9 @@
 //! memory contexts that outlive a transaction, and answers in SQL: `SELECT * FROM rheap_leaks();`
 //!
 //! The modules follow the way of the data: `hook` → `stack` → `ledger` → `walk` → `share` → `verdict` → `symbols` →
-//! `sql`. `process` holds what one server process knows, `pg_compat` what differs between server versions.
+//! `sql`, and `exports` for what people and other tools read. `process` holds what one server process knows, `pg_compat` what differs between server versions.
 
+pub mod exports;
 mod hints;
 mod hook;
 pub mod ledger;

@@ -100,6 +100,9 @@ fn raw<T: Copy>(pointer: *mut T) -> T {
 pub fn mode() -> u32 {
     raw(MODE.as_ptr()) as u32
 }
+pub fn sample_bytes() -> u64 {
+    raw(SAMPLE_BYTES.as_ptr()) as u64
+}
 pub fn scope_all() -> bool {
     raw(SCOPE.as_ptr()) == Scope::All as i32
 }

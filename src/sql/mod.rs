@@ -2,9 +2,12 @@
 
 mod check;
 mod contexts;
+mod exports;
 mod gather;
 mod install;
+mod install_reports;
 mod leaks;
+mod model;
 mod processes;
 mod report;
 mod reset;

@@ -38,6 +38,12 @@ fn module_path(share: &Share, module: u32) -> Option<String> {
     dictionary::unpack(&share.modules.get(module)).map(|(_, path)| path)
 }
 
+/// The file of a frame word's module and the offset in it; None for the end of a stack that was cut.
+pub fn place(share: &Share, word: u64) -> Option<(String, u64)> {
+    let (module, offset) = unframe(word);
+    (word != CUT).then(|| (module_path(share, module).unwrap_or_else(|| "(unknown module)".into()), offset))
+}
+
 fn module_name(path: &str) -> &str {
     path.rsplit('/').next().unwrap_or(path)
 }
@@ -96,7 +102,8 @@ impl<'a> Symbols<'a> {
         all
     }
 
-    fn frames(&mut self, word: u64) -> Vec<Frame> {
+    /// The functions at a frame word: one, or several that are inlined into each other, innermost first.
+    pub fn frames(&mut self, word: u64) -> Vec<Frame> {
         if let Some(known) = self.frames.get(&word) {
             return known.clone();
         }

@@ -1,0 +1,33 @@
+//! The reports and the files for other tools.
+
+use pgrx::PgSqlErrorCode;
+use pgrx::prelude::*;
+
+use super::model::with_model;
+use crate::exports::flame;
+use crate::exports::metric::Metric;
+
+/// The metric of this name, or the ERROR that lists those there are.
+fn metric(name: &str) -> Metric {
+    Metric::parse(name).unwrap_or_else(|| {
+        super::refuse(
+            PgSqlErrorCode::ERRCODE_INVALID_PARAMETER_VALUE,
+            format!("there is no metric \"{name}\""),
+            &format!("Write one of: {}.", Metric::ALL.map(Metric::name).join(", ")),
+        )
+    })
+}
+
+/// Collapsed stacks, `frame;frame;frame value` in lines, root first.
+#[pg_extern(volatile, parallel_restricted)]
+pub fn rheap_folded(pid: default!(Option<i32>, "NULL"), metric: default!(&str, "'live'")) -> String {
+    let metric = self::metric(metric);
+    with_model("rheap_folded", pid, |model| flame::folded(model, metric))
+}
+
+/// A flame graph as an SVG, which searches and zooms in a browser.
+#[pg_extern(volatile, parallel_restricted)]
+pub fn rheap_flamegraph(pid: default!(Option<i32>, "NULL"), metric: default!(&str, "'live'")) -> String {
+    let metric = self::metric(metric);
+    with_model("rheap_flamegraph", pid, |model| flame::svg(model, metric))
+}
