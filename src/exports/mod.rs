@@ -4,8 +4,10 @@
 //! agree with each other and with the views.
 
 pub mod flame;
+pub mod heaptrack;
 pub mod metric;
 pub mod moment;
+pub mod pprof;
 #[cfg(test)]
 pub mod samples;
 

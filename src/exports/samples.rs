@@ -111,7 +111,7 @@ pub fn large() -> Model {
             let depth = |d: u32| {
                 if d < 12 { (i * 7919 + d * 104_729) % 4000 } else { 4000 + (i >> (2 * (d - 12)).min(31)) % 1000 }
             };
-            let count = 1000 + i as u64;
+            let count = 10 + i as u64 / 100;
             let mut site = site((0..24).map(depth).collect(), 0, [count * 10, count * 700, count, count * 70]);
             site.pid = 1 + i as i32 % 100;
             site

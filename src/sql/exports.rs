@@ -4,8 +4,8 @@ use pgrx::PgSqlErrorCode;
 use pgrx::prelude::*;
 
 use super::model::with_model;
-use crate::exports::flame;
 use crate::exports::metric::Metric;
+use crate::exports::{flame, heaptrack, pprof};
 
 /// The metric of this name, or the ERROR that lists those there are.
 fn metric(name: &str) -> Metric {
@@ -30,4 +30,25 @@ pub fn rheap_folded(pid: default!(Option<i32>, "NULL"), metric: default!(&str, "
 pub fn rheap_flamegraph(pid: default!(Option<i32>, "NULL"), metric: default!(&str, "'live'")) -> String {
     let metric = self::metric(metric);
     with_model("rheap_flamegraph", pid, |model| flame::svg(model, metric))
+}
+
+/// A gzipped profile.proto, as `go tool pprof` reads it.
+#[pg_extern(volatile, parallel_restricted)]
+pub fn rheap_pprof(pid: default!(Option<i32>, "NULL")) -> Vec<u8> {
+    with_model("rheap_pprof", pid, pprof::profile)
+}
+
+/// A data file of heaptrack, for heaptrack_print and heaptrack_gui.
+#[pg_extern(volatile, parallel_restricted)]
+pub fn rheap_heaptrack(pid: i32) -> String {
+    with_model("rheap_heaptrack", Some(pid), heaptrack::file).unwrap_or_else(|too_large| {
+        super::refuse(
+            PgSqlErrorCode::ERRCODE_PROGRAM_LIMIT_EXCEEDED,
+            format!(
+                "the process holds {} allocations, and a heaptrack file has a line for each, {} at most",
+                too_large.live_count, too_large.most
+            ),
+            "Write rheap_pprof or rheap_flamegraph, which have sums.",
+        )
+    })
 }

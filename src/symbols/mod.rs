@@ -26,6 +26,12 @@ impl Frame {
         self.function.as_deref().unwrap_or(&self.address)
     }
 
+    /// Of its source, where debug information has told.
+    pub fn file_and_line(&self) -> Option<(&str, u32)> {
+        let (file, line) = self.location.rsplit_once(':')?;
+        Some((file, line.parse().ok()?))
+    }
+
     pub fn describe(&self) -> String {
         match &self.function {
             Some(function) => format!("{function} at {}", self.location),
