@@ -5,11 +5,15 @@
 
 pub mod flame;
 pub mod heaptrack;
+pub mod json;
 pub mod metric;
 pub mod moment;
 pub mod pprof;
+pub mod report;
 #[cfg(test)]
 pub mod samples;
+pub mod tree;
+pub mod units;
 
 use crate::symbols::Frame;
 use crate::verdict::Verdict;

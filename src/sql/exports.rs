@@ -5,7 +5,7 @@ use pgrx::prelude::*;
 
 use super::model::with_model;
 use crate::exports::metric::Metric;
-use crate::exports::{flame, heaptrack, pprof};
+use crate::exports::{flame, heaptrack, json, pprof, report};
 
 /// The metric of this name, or the ERROR that lists those there are.
 fn metric(name: &str) -> Metric {
@@ -15,6 +15,20 @@ fn metric(name: &str) -> Metric {
             format!("there is no metric \"{name}\""),
             &format!("Write one of: {}.", Metric::ALL.map(Metric::name).join(", ")),
         )
+    })
+}
+
+/// A report for a terminal: leaks, what holds most, most calls, most temporary allocations, totals, contexts.
+#[pg_extern(volatile, parallel_restricted)]
+pub fn rheap_report(pid: default!(Option<i32>, "NULL")) -> String {
+    with_model("rheap_report", pid, report::text)
+}
+
+/// The same facts for programs, as docs/report.schema.json describes them.
+#[pg_extern(volatile, parallel_restricted)]
+pub fn rheap_report_json(pid: default!(Option<i32>, "NULL")) -> pgrx::JsonB {
+    with_model("rheap_report_json", pid, |model| {
+        pgrx::JsonB(serde_json::to_value(json::report(model)).expect("numbers and strings are JSON"))
     })
 }
 

@@ -9,7 +9,6 @@ mod install_reports;
 mod leaks;
 mod model;
 mod processes;
-mod report;
 mod reset;
 
 use core::ffi::CStr;
