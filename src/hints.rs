@@ -36,16 +36,28 @@ unsafe extern "C-unwind" fn add_hint(report: *mut pg_sys::ErrorData) {
     }
 }
 
+/// What pg_monitor may read.
+const READ: &[&str] = &[
+    "rheap_leaks",
+    "rheap_call_sites",
+    "rheap_contexts",
+    "rheap_processes",
+    "rheap_report",
+    "rheap_report_json",
+    "rheap_folded",
+    "rheap_flamegraph",
+    "rheap_html",
+    "rheap_pprof",
+    "rheap_heaptrack",
+];
+
 /// What to write instead, by the object that the message names, in whatever language.
 fn hint(message: &CStr) -> Option<&'static CStr> {
     let message = message.to_str().ok()?;
     let names = |name: &str| message.split(|c: char| !c.is_alphanumeric() && c != '_').any(|word| word == name);
     if names("rheap_reset") {
         Some(c"What changes state is the superuser's: GRANT EXECUTE ON FUNCTION rheap_reset(int) TO the role.")
-    } else if ["rheap_leaks", "rheap_call_sites", "rheap_contexts", "rheap_processes", "rheap_report_json"]
-        .iter()
-        .any(|name| names(name))
-    {
+    } else if READ.iter().any(|name| names(name)) {
         Some(c"Members of pg_monitor may read it: GRANT pg_monitor TO the role.")
     } else if message.contains("\"rheap.") {
         Some(c"Settings of rheap are the superuser's: GRANT SET ON PARAMETER to the role, or ALTER SYSTEM as a superuser.")

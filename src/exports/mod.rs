@@ -5,6 +5,7 @@
 
 pub mod flame;
 pub mod heaptrack;
+pub mod html;
 pub mod json;
 pub mod metric;
 pub mod moment;

@@ -5,7 +5,7 @@ use pgrx::prelude::*;
 
 use super::model::with_model;
 use crate::exports::metric::Metric;
-use crate::exports::{flame, heaptrack, json, pprof, report};
+use crate::exports::{flame, heaptrack, html, json, pprof, report};
 
 /// The metric of this name, or the ERROR that lists those there are.
 fn metric(name: &str) -> Metric {
@@ -44,6 +44,12 @@ pub fn rheap_folded(pid: default!(Option<i32>, "NULL"), metric: default!(&str, "
 pub fn rheap_flamegraph(pid: default!(Option<i32>, "NULL"), metric: default!(&str, "'live'")) -> String {
     let metric = self::metric(metric);
     with_model("rheap_flamegraph", pid, |model| flame::svg(model, metric))
+}
+
+/// One self-contained page: leaks with reasons, growth charts, flame graph, call sites, processes.
+#[pg_extern(volatile, parallel_restricted)]
+pub fn rheap_html(pid: default!(Option<i32>, "NULL")) -> String {
+    with_model("rheap_html", pid, html::page)
 }
 
 /// A gzipped profile.proto, as `go tool pprof` reads it.
