@@ -98,6 +98,48 @@ AS 'MODULE_PATHNAME', 'rheap_contexts_wrapper';
 /* </end connected objects> */
 
 /* <begin connected objects> */
+-- rheap::sql::exports::rheap_flamegraph
+CREATE  FUNCTION "rheap_flamegraph"(
+	"pid" INT DEFAULT NULL, /* Option < i32 > */
+	"metric" TEXT DEFAULT 'live' /* & str */
+) RETURNS TEXT /* String */
+VOLATILE PARALLEL RESTRICTED
+LANGUAGE c /* Rust */
+AS 'MODULE_PATHNAME', 'rheap_flamegraph_wrapper';
+/* </end connected objects> */
+
+/* <begin connected objects> */
+-- rheap::sql::exports::rheap_folded
+CREATE  FUNCTION "rheap_folded"(
+	"pid" INT DEFAULT NULL, /* Option < i32 > */
+	"metric" TEXT DEFAULT 'live' /* & str */
+) RETURNS TEXT /* String */
+VOLATILE PARALLEL RESTRICTED
+LANGUAGE c /* Rust */
+AS 'MODULE_PATHNAME', 'rheap_folded_wrapper';
+/* </end connected objects> */
+
+/* <begin connected objects> */
+-- rheap::sql::exports::rheap_heaptrack
+CREATE  FUNCTION "rheap_heaptrack"(
+	"pid" INT /* i32 */
+) RETURNS TEXT /* String */
+STRICT VOLATILE PARALLEL RESTRICTED
+LANGUAGE c /* Rust */
+AS 'MODULE_PATHNAME', 'rheap_heaptrack_wrapper';
+/* </end connected objects> */
+
+/* <begin connected objects> */
+-- rheap::sql::exports::rheap_html
+CREATE  FUNCTION "rheap_html"(
+	"pid" INT DEFAULT NULL /* Option < i32 > */
+) RETURNS TEXT /* String */
+VOLATILE PARALLEL RESTRICTED
+LANGUAGE c /* Rust */
+AS 'MODULE_PATHNAME', 'rheap_html_wrapper';
+/* </end connected objects> */
+
+/* <begin connected objects> */
 -- rheap::sql::leaks::rheap_leaks
 CREATE  FUNCTION "rheap_leaks"(
 	"pid" INT DEFAULT NULL /* Option < i32 > */
@@ -126,6 +168,16 @@ AS 'MODULE_PATHNAME', 'rheap_leaks_wrapper';
 /* </end connected objects> */
 
 /* <begin connected objects> */
+-- rheap::sql::exports::rheap_pprof
+CREATE  FUNCTION "rheap_pprof"(
+	"pid" INT DEFAULT NULL /* Option < i32 > */
+) RETURNS bytea /* Vec < u8 > */
+VOLATILE PARALLEL RESTRICTED
+LANGUAGE c /* Rust */
+AS 'MODULE_PATHNAME', 'rheap_pprof_wrapper';
+/* </end connected objects> */
+
+/* <begin connected objects> */
 -- rheap::sql::processes::rheap_processes
 CREATE  FUNCTION "rheap_processes"(
 	"pid" INT DEFAULT NULL /* Option < i32 > */
@@ -151,7 +203,38 @@ AS 'MODULE_PATHNAME', 'rheap_processes_wrapper';
 /* </end connected objects> */
 
 /* <begin connected objects> */
--- rheap::sql::report::rheap_report_json
+-- rheap::sql::exports::rheap_report
+CREATE  FUNCTION "rheap_report"(
+	"pid" INT DEFAULT NULL /* Option < i32 > */
+) RETURNS TEXT /* String */
+VOLATILE PARALLEL RESTRICTED
+LANGUAGE c /* Rust */
+AS 'MODULE_PATHNAME', 'rheap_report_wrapper';
+/* </end connected objects> */
+
+/* <begin connected objects> */
+-- requires:
+--   rheap_report
+--   rheap_folded
+--   rheap_flamegraph
+--   rheap_html
+--   rheap_pprof
+--   rheap_heaptrack
+
+
+REVOKE ALL ON FUNCTION rheap_report(int), rheap_folded(int, text), rheap_flamegraph(int, text), rheap_html(int), rheap_pprof(int), rheap_heaptrack(int) FROM PUBLIC;
+GRANT EXECUTE ON FUNCTION rheap_report(int), rheap_folded(int, text), rheap_flamegraph(int, text), rheap_html(int), rheap_pprof(int), rheap_heaptrack(int) TO pg_monitor;
+
+COMMENT ON FUNCTION rheap_report(int) IS 'a report for a terminal: leaks, what holds most, most calls, most temporary allocations, totals, contexts';
+COMMENT ON FUNCTION rheap_folded(int, text) IS 'collapsed stacks for flame graph tools; metric: live, live_count, allocated, allocations, temporary or growth';
+COMMENT ON FUNCTION rheap_flamegraph(int, text) IS 'a flame graph as SVG; metric: live, live_count, allocated, allocations, temporary or growth';
+COMMENT ON FUNCTION rheap_html(int) IS 'one self-contained page: leaks, growth charts, flame graph, call sites, processes';
+COMMENT ON FUNCTION rheap_pprof(int) IS 'gzipped profile.proto with alloc and inuse samples, for go tool pprof and the like';
+COMMENT ON FUNCTION rheap_heaptrack(int) IS 'a data file of heaptrack, for heaptrack_print and heaptrack_gui';
+/* </end connected objects> */
+
+/* <begin connected objects> */
+-- rheap::sql::exports::rheap_report_json
 CREATE  FUNCTION "rheap_report_json"(
 	"pid" INT DEFAULT NULL /* Option < i32 > */
 ) RETURNS jsonb /* pgrx :: JsonB */

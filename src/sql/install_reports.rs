@@ -1,6 +1,5 @@
 //! Privileges and comments of the reports and exports.
 
-use super::exports::*;
 use pgrx::extension_sql;
 
 extension_sql!(
