@@ -49,6 +49,11 @@ const READ: &[&str] = &[
     "rheap_html",
     "rheap_pprof",
     "rheap_heaptrack",
+    "rheap_snapshot",
+    "rheap_diff",
+    "rheap_snapshots",
+    "rheap_snapshot_call_sites",
+    "rheap_snapshot_contexts",
 ];
 
 /// What to write instead, by the object that the message names, in whatever language.
@@ -57,6 +62,8 @@ fn hint(message: &CStr) -> Option<&'static CStr> {
     let names = |name: &str| message.split(|c: char| !c.is_alphanumeric() && c != '_').any(|word| word == name);
     if names("rheap_reset") {
         Some(c"What changes state is the superuser's: GRANT EXECUTE ON FUNCTION rheap_reset(int) TO the role.")
+    } else if names("rheap_track") {
+        Some(c"What changes state is the superuser's: GRANT EXECUTE ON FUNCTION rheap_track(int, text) TO the role.")
     } else if READ.iter().any(|name| names(name)) {
         Some(c"Members of pg_monitor may read it: GRANT pg_monitor TO the role.")
     } else if message.contains("\"rheap.") {

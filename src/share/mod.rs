@@ -126,6 +126,8 @@ impl Share {
                 self.sites.release(index as u32, Site::close);
                 self.rows.release(index as u32, Row::close);
                 slot.open(backend_type);
+                // A wish was for the process that was here before.
+                slot.track.store(0, Relaxed);
                 index as u32
             })
         };

@@ -32,6 +32,9 @@ pub struct Slot {
     /// Raised by whoever wants the history forgotten; the owner follows with `resets_done`.
     pub resets_wanted: AtomicU32,
     pub resets_done: AtomicU32,
+    /// What `rheap_track` wishes: the ordinal of a mode plus 1; 0: what the setting says. The owner follows when it
+    /// next works.
+    pub track: AtomicU32,
 }
 
 pub const POSTMASTER: i32 = -1;

@@ -4,7 +4,7 @@ use pgrx::extension_sql;
 
 extension_sql!(
     r#"
-REVOKE ALL ON FUNCTION rheap_report(int), rheap_folded(int, text), rheap_flamegraph(int, text), rheap_html(int), rheap_pprof(int), rheap_heaptrack(int) FROM PUBLIC;
+REVOKE ALL ON FUNCTION rheap_report(int), rheap_folded(int, text), rheap_flamegraph(int, text), rheap_html(int), rheap_pprof(int), rheap_heaptrack(int), rheap_track(int, text) FROM PUBLIC;
 GRANT EXECUTE ON FUNCTION rheap_report(int), rheap_folded(int, text), rheap_flamegraph(int, text), rheap_html(int), rheap_pprof(int), rheap_heaptrack(int) TO pg_monitor;
 
 COMMENT ON FUNCTION rheap_report(int) IS 'a report for a terminal: leaks, what holds most, most calls, most temporary allocations, totals, contexts';
@@ -13,7 +13,8 @@ COMMENT ON FUNCTION rheap_flamegraph(int, text) IS 'a flame graph as SVG; metric
 COMMENT ON FUNCTION rheap_html(int) IS 'one self-contained page: leaks, growth charts, flame graph, call sites, processes';
 COMMENT ON FUNCTION rheap_pprof(int) IS 'gzipped profile.proto with alloc and inuse samples, for go tool pprof and the like';
 COMMENT ON FUNCTION rheap_heaptrack(int) IS 'a data file of heaptrack, for heaptrack_print and heaptrack_gui';
+COMMENT ON FUNCTION rheap_track(int, text) IS 'let one process record in a mode of its own while it runs: off, sampled, exact, or default';
 "#,
     name = "reports_privileges_comments",
-    requires = [rheap_report, rheap_folded, rheap_flamegraph, rheap_html, rheap_pprof, rheap_heaptrack]
+    requires = [rheap_report, rheap_folded, rheap_flamegraph, rheap_html, rheap_pprof, rheap_heaptrack, rheap_track]
 );

@@ -10,6 +10,8 @@ mod leaks;
 mod model;
 mod processes;
 mod reset;
+mod snapshots;
+mod track;
 
 use core::ffi::CStr;
 use std::sync::atomic::Ordering::*;
