@@ -23,7 +23,7 @@ class Browser:
         self.driver = subprocess.Popen(
             ["chromedriver", "--port=0"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
         )
-        port = next(m[1] for m in (re.search(r"on port (\d+)", line) for line in self.driver.stdout) if m)
+        port = next(m[1] for m in (re.search(r"successfully on port (\d+)", line) for line in self.driver.stdout) if m)
         self.url = f"http://127.0.0.1:{port}"
         arguments = [*FLAGS, f"--user-data-dir={self.profile}", f"--window-size={width},{height}"]
         if dark:
