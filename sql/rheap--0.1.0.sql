@@ -277,6 +277,7 @@ GRANT SELECT ON rheap_snapshots, rheap_snapshot_call_sites, rheap_snapshot_conte
 GRANT EXECUTE ON FUNCTION rheap_snapshot(text), rheap_diff(bigint, bigint) TO pg_monitor;
 
 COMMENT ON TABLE rheap_snapshots IS 'moments that rheap_snapshot has noted; deleting one deletes what was noted';
+COMMENT ON SEQUENCE rheap_snapshots_id_seq IS 'ids of snapshots';
 COMMENT ON TABLE rheap_snapshot_call_sites IS 'what call sites held at each snapshot, all processes together';
 COMMENT ON TABLE rheap_snapshot_contexts IS 'what the contexts of each path held at each snapshot, all processes together';
 COMMENT ON FUNCTION rheap_snapshot(text) IS 'note what all processes hold now, for rheap_diff; returns the id of the snapshot';
