@@ -25,6 +25,8 @@ say "Packages"
 need_build_packages
 need_packages "building PostgreSQL 17, and the test runner" \
     bison flex perl zlib1g-dev patch bzip2 xz-utils python3 python3-pytest
+need_packages "the tools that open what rheap exports, and a browser" \
+    heaptrack golang-go chromium chromium-driver python3-jsonschema
 need_cargo
 
 say "Servers"

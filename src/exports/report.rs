@@ -22,7 +22,7 @@ pub fn text(model: &Model) -> String {
     if model.sites.iter().any(|s| !s.exact) {
         page.line(0, "Figures with ~ are unbiased estimates from a sample.");
     }
-    page.line(0, "Trees begin where the allocator and its helpers are called; callers are below what they call.");
+    page.line(0, "Trees begin where the allocator and its helpers are called; callers are below what they call. Whole stacks are in the rows of rheap_call_sites().");
     leaks(&mut page, model);
     let sections = [
         ("WHAT HOLDS MOST", Metric::Live),
@@ -42,7 +42,7 @@ pub fn text(model: &Model) -> String {
                 _ => format!("{about}{} allocations of {about}{} together", count(root.count), bytes(root.bytes)),
             };
             page.line(0, &format!("{sum} ({share:.1} %) from"));
-            page.tree(root, 2, metric);
+            page.tree(root, 2, metric, SHORT);
         }
         page.more(roots.len(), "places");
     }
@@ -70,7 +70,7 @@ fn leaks(page: &mut Page, model: &Model) {
             page.line(2, &format!("allocated most recently by query id {id}"));
         }
         page.line(2, &site.reason);
-        merge(model, [*site], Metric::Live).iter().for_each(|root| page.tree(root, 4, Metric::Live));
+        merge(model, [*site], Metric::Live).iter().for_each(|root| page.tree(root, 4, Metric::Live, WHOLE));
     }
     if sites.is_empty() {
         page.line(0, "none: nothing here keeps growing");
@@ -187,32 +187,60 @@ impl Page {
     }
 
     /// A place and its callers. Those that are called from one place only go straight down; where several call, each
-    /// has its sum and goes further in.
-    fn tree(&mut self, node: &Node, indent: usize, metric: Metric) {
-        let mut at = node;
+    /// has its sum and goes further in. What is left out of `detail` is counted.
+    fn tree(&mut self, node: &Node, indent: usize, metric: Metric, detail: Detail) {
+        let (mut at, mut listed) = (node, 0);
         loop {
             let inlined = if at.inlined { "  [inlined]" } else { "" };
             self.line(indent, &format!("{}{inlined}", at.frame.describe()));
+            listed += 1;
             match at.callers.as_slice() {
                 [] => return,
-                [one] if one.value == at.value => at = one,
-                several => {
-                    for caller in several.iter().take(CALLERS) {
-                        // Deep trees would leave the page.
-                        let further = (indent + 2).min(40);
-                        self.line(further, &format!("{} from", value(metric, caller)));
-                        self.tree(caller, further + 2, metric);
+                [one] if one.value == at.value => {
+                    at = one;
+                    let frames = straight(at);
+                    if listed >= detail.frames && frames > 1 {
+                        return self.line(indent, &format!("... and {frames} callers of these"));
                     }
-                    if several.len() > CALLERS {
-                        let rest: u64 = several.iter().skip(CALLERS).map(|c| c.value).sum();
+                }
+                several => {
+                    let worth = if detail.branches == 0 { 0 } else { CALLERS };
+                    for caller in several.iter().take(worth) {
+                        self.line(indent + 2, &format!("{} from", value(metric, caller)));
+                        let detail = Detail { branches: detail.branches - 1, ..detail };
+                        self.tree(caller, indent + 4, metric, detail);
+                    }
+                    if several.len() > worth {
+                        let rest: u64 = several.iter().skip(worth).map(|c| c.value).sum();
                         let unit = metric.unit();
                         let rest = if unit == "bytes" { bytes(rest) } else { format!("{} {unit}", count(rest)) };
-                        self.line(indent + 2, &format!("... and {} more callers: {rest}", several.len() - CALLERS));
+                        let more = if worth > 0 { "more " } else { "" };
+                        self.line(indent + 2, &format!("... and {} {more}callers: {rest}", several.len() - worth));
                     }
                     return;
                 }
             }
         }
+    }
+}
+
+/// How much of a tree is listed.
+#[derive(Clone, Copy)]
+struct Detail {
+    /// Frames in a row.
+    frames: usize,
+    /// Levels at which callers go apart.
+    branches: usize,
+}
+
+const WHOLE: Detail = Detail { frames: usize::MAX, branches: 3 };
+const SHORT: Detail = Detail { frames: 6, branches: 1 };
+
+/// Frames from here on until callers go apart or the stack ends.
+fn straight(node: &Node) -> usize {
+    match node.callers.as_slice() {
+        [one] if one.value == node.value => 1 + straight(one),
+        _ => 1,
     }
 }
 

@@ -41,7 +41,8 @@ function startLeaks() {
 
 function chart(context) {
   const box = element("figure", { class: "chart", style: "margin:0" });
-  box.append(element("h3", {}, context.path));
+  // A path may break after a slash.
+  box.append(element("h3", {}, context.path.replaceAll("/", "/\u200b")));
   box.append(element("p", {}, "pid " + context.pid + ", " + context.backend_type + "; ", badge(context.verdict),
     "; " + bytes(context.used_bytes) + ", " + signed(context.growth_bytes)));
   const points = context.series, width = 300, height = 110, left = 4, bottom = 90;
@@ -60,7 +61,7 @@ function chart(context) {
 }
 
 function startCharts() {
-  const drawable = data.contexts.filter(c => c.series.length > 1), step = 12;
+  const drawable = data.contexts.filter(c => c.series.length > 1 && c.series[0][0] < c.series[c.series.length - 1][0]), step = 12;
   let shown = Math.min(step, drawable.length);
   const draw = () => {
     byId("charts").replaceChildren(...drawable.slice(0, shown).map(chart));
