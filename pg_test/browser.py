@@ -72,6 +72,8 @@ class Browser:
         return element
 
     def click(self, css):
+        # As a reader would, clear of what sticks to the top.
+        self.run("document.querySelector(arguments[0]).scrollIntoView({block: 'center'})", css)
         self.ask("POST", f"/element/{self.find(css)}/click", {})
 
     def keys(self, css, text):

@@ -23,7 +23,7 @@ need_cargo
 echo "PostgreSQL $(/usr/lib/postgresql/15/bin/pg_config --version | awk '{print $2}'), $(rustc --version)"
 
 say "2/5  Building rheap (two minutes the first time) and a module that leaks"
-pg_config=/usr/lib/postgresql/15/bin/pg_config
+pg_config=${RHEAP_PG15:-/usr/lib/postgresql/15/bin/pg_config}
 bin=$($pg_config --bindir)
 step="building rheap"; pg_test/scripts/install.sh "$pg_config"
 step="building the leaking module"
