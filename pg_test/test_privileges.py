@@ -24,6 +24,33 @@ def test_pg_monitor_reads_and_public_does_not(roles, name):
         assert caught.value.hint == "Members of pg_monitor may read it: GRANT pg_monitor TO the role."
 
 
+REPORTS = ["report()", "report_json()", "folded()", "flamegraph()", "html()", "pprof()", "heaptrack(pg_backend_pid())", "snapshot()"]
+
+
+@pytest.mark.parametrize("call", REPORTS)
+def test_pg_monitor_makes_reports_and_public_does_not(roles, call):
+    assert roles.sql(f"SELECT rheap_{call} IS NOT NULL", user="monitor") == "t"
+    with pytest.raises(SqlError) as caught:
+        roles.sql(f"SELECT rheap_{call}", user="nobody")
+    assert (caught.value.sqlstate, caught.value.hint) == ("42501", "Members of pg_monitor may read it: GRANT pg_monitor TO the role.")
+
+
+def test_snapshots_are_compared_and_not_forged(roles):
+    roles.sql("SELECT count(*) FROM rheap_diff((SELECT max(id) FROM rheap_snapshots))", user="monitor")
+    for statement in ("DELETE FROM rheap_snapshots", "INSERT INTO rheap_snapshots (label) VALUES ('x')", "SELECT rheap_no_snapshot(1)"):
+        with pytest.raises(SqlError) as caught:
+            roles.sql(statement, user="monitor")
+        assert caught.value.sqlstate == "42501"
+
+
+def test_track_is_the_superusers(roles):
+    for user in ("monitor", "nobody"):
+        with pytest.raises(SqlError) as caught:
+            roles.sql("SELECT rheap_track(pg_backend_pid(), 'off')", user=user)
+        assert caught.value.sqlstate == "42501"
+        assert "GRANT EXECUTE ON FUNCTION rheap_track(int, text)" in caught.value.hint
+
+
 def test_reset_is_the_superusers(roles):
     for user in ("monitor", "nobody"):
         with pytest.raises(SqlError) as caught:

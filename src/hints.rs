@@ -63,23 +63,36 @@ unsafe fn is_out_of_memory(message_id: *const core::ffi::c_char) -> bool {
     !message_id.is_null() && unsafe { CStr::from_ptr(message_id) }.to_bytes().starts_with(b"out of memory")
 }
 
+/// What pg_monitor may read.
+const READ: &[&str] = &[
+    "rheap_leaks",
+    "rheap_call_sites",
+    "rheap_contexts",
+    "rheap_processes",
+    "rheap_ended",
+    "rheap_report",
+    "rheap_report_json",
+    "rheap_folded",
+    "rheap_flamegraph",
+    "rheap_html",
+    "rheap_pprof",
+    "rheap_heaptrack",
+    "rheap_snapshot",
+    "rheap_diff",
+    "rheap_snapshots",
+    "rheap_snapshot_call_sites",
+    "rheap_snapshot_contexts",
+];
+
 /// What to write instead, by the object that the message names, in whatever language.
 fn hint(message: &CStr) -> Option<&'static CStr> {
     let message = message.to_str().ok()?;
     let names = |name: &str| message.split(|c: char| !c.is_alphanumeric() && c != '_').any(|word| word == name);
     if names("rheap_reset") {
         Some(c"What changes state is the superuser's: GRANT EXECUTE ON FUNCTION rheap_reset(int) TO the role.")
-    } else if [
-        "rheap_leaks",
-        "rheap_call_sites",
-        "rheap_contexts",
-        "rheap_processes",
-        "rheap_ended",
-        "rheap_report_json",
-    ]
-    .iter()
-    .any(|name| names(name))
-    {
+    } else if names("rheap_track") {
+        Some(c"What changes state is the superuser's: GRANT EXECUTE ON FUNCTION rheap_track(int, text) TO the role.")
+    } else if READ.iter().any(|name| names(name)) {
         Some(c"Members of pg_monitor may read it: GRANT pg_monitor TO the role.")
     } else if message.contains("\"rheap.") {
         Some(c"Settings of rheap are the superuser's: GRANT SET ON PARAMETER to the role, or ALTER SYSTEM as a superuser.")

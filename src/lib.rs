@@ -4,7 +4,7 @@
 //! memory contexts that outlive a transaction, and answers in SQL: `SELECT * FROM rheap_leaks();`
 //!
 //! The modules follow the way of the data: `hook` → `stack` → `ledger` → `walk` → `share` → `verdict` → `symbols` →
-//! `sql`. `process` holds what one server process knows, `pg_compat` what differs between server versions.
+//! `sql`, and `exports` for what people and other tools read. `process` holds what one server process knows, `pg_compat` what differs between server versions.
 
 #[cfg(not(all(target_os = "linux", target_arch = "x86_64", target_pointer_width = "64")))]
 compile_error!(
@@ -16,6 +16,7 @@ compile_error!(
     "rheap must know the server's major version: make install PG_CONFIG=..., or --features pg15, pg16, pg17 or pg18"
 );
 
+pub mod exports;
 #[cfg(test)]
 mod fuzz;
 mod hints;

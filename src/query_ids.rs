@@ -25,6 +25,7 @@ pub fn install() {
 
 unsafe extern "C-unwind" fn analyzed(state: *mut ParseState, query: *mut Query, jumble: *mut JumbleState) {
     let mut jumble = jumble;
+    crate::process::follow_wish();
     // SAFETY: the server passes a fresh query tree. No value with a destructor is alive when a call may raise.
     unsafe {
         if jumble.is_null()

@@ -16,6 +16,10 @@ pub enum Mode {
 }
 
 impl Mode {
+    pub fn parse(name: &str) -> Option<Mode> {
+        [Mode::Off, Mode::Sampled, Mode::Exact].into_iter().find(|&m| Mode::name(m as u32) == name)
+    }
+
     pub fn name(ordinal: u32) -> &'static str {
         ["off", "sampled", "exact"].get(ordinal as usize).copied().unwrap_or("off")
     }
@@ -96,9 +100,8 @@ fn raw<T: Copy>(pointer: *mut T) -> T {
     unsafe { pointer.read_volatile() }
 }
 
-#[inline]
-pub fn mode() -> u32 {
-    raw(MODE.as_ptr()) as u32
+pub fn sample_bytes() -> u64 {
+    raw(SAMPLE_BYTES.as_ptr()) as u64
 }
 pub fn scope_all() -> bool {
     raw(SCOPE.as_ptr()) == Scope::All as i32

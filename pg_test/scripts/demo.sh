@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Shows rheap at work: a throw-away cluster of the distribution's PostgreSQL 15 with a module that leaks in a backend
-# and in the postmaster, and rheap_leaks() finding both while they run.
+# and in the postmaster, and rheap_leaks() finding both while they run. The reports stay, in a folder that is named at the
+# end ($RHEAP_DEMO_REPORTS, or a new one).
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 top=$PWD
@@ -22,7 +23,7 @@ need_cargo
 echo "PostgreSQL $(/usr/lib/postgresql/15/bin/pg_config --version | awk '{print $2}'), $(rustc --version)"
 
 say "2/5  Building rheap (two minutes the first time) and a module that leaks"
-pg_config=/usr/lib/postgresql/15/bin/pg_config
+pg_config=${RHEAP_PG15:-/usr/lib/postgresql/15/bin/pg_config}
 bin=$($pg_config --bindir)
 step="building rheap"; pg_test/scripts/install.sh "$pg_config"
 step="building the leaking module"
@@ -79,12 +80,27 @@ psql -c "SELECT pid, backend_type, mode, watched_contexts, allocations, captures
 found=$(psql -qAtc "SELECT string_agg(DISTINCT backend_type, ',' ORDER BY backend_type) FROM rheap_leaks() WHERE verdict = 'leak' AND function IN ('leaky_leak', 'leak_at_fork')")
 step="finding both leaks (found in: $found)"
 [ "$found" = "client backend,postmaster" ]
+step="writing the reports"
+reports=${RHEAP_DEMO_REPORTS:-$(mktemp -d /tmp/rheap-reports.XXXXXX)}
+mkdir -p "$reports"
+psql -qAtc 'SELECT rheap_html()' >"$reports/report.html"
+psql -qAtc 'SELECT rheap_flamegraph()' >"$reports/live.svg"
+psql -qAtc 'SELECT rheap_report()' >"$reports/report.txt"
+psql -qAtc "SELECT encode(rheap_pprof(), 'base64')" | base64 -d >"$reports/rheap.pb.gz"
+chmod -R a+rX "$reports"
+for file in report.html live.svg report.txt rheap.pb.gz; do [ -s "$reports/$file" ]; done
+grep -q leaky_leak "$reports/live.svg" "$reports/report.html" && gzip -t "$reports/rheap.pb.gz"
 
 say "5/5  Done"
 step="stopping the cluster"
 cleanup
 cat <<TEXT
 rheap found the backend's leak (leaky_leak) and the postmaster's (leak_at_fork), live, and the cluster is gone.
+The same as pictures, in $reports:
+    report.html     a page for any browser: reasons, growth charts, flame graph, call sites
+    live.svg        the flame graph alone
+    rheap.pb.gz     for the profiler: go tool pprof -http=: $reports/rheap.pb.gz
+    report.txt      the report for a terminal
 On a server of yours:
     make install PG_CONFIG=/path/to/pg_config
     shared_preload_libraries = 'rheap'          in postgresql.conf, and restart

@@ -29,6 +29,8 @@ say "Packages"
 need_build_packages
 need_packages "building PostgreSQL 17, and the test runner" \
     bison flex perl zlib1g-dev patch bzip2 xz-utils python3 python3-pytest python3-pip procps util-linux
+need_packages "the tools that open what rheap exports, and a browser" \
+    heaptrack golang-go chromium chromium-driver python3-jsonschema
 need_cargo
 
 case $only in ""|15|16|17|18) ;; *) step="PG=$only"; fail "rheap is tested on 15, 16, 17 and 18";; esac

@@ -20,6 +20,9 @@ use crate::verdict::proportion::Held;
 /// What a backend's first message allocates is sampled this many powers of two more sparsely: it fills caches.
 const FIRST: u32 = 2;
 
+/// Milliseconds of processor time within which a busy process notices what `rheap_track` wishes.
+const WISH: i32 = 500;
+
 /// Maps the shared tables, reads the modules, and registers what has to happen at fork and exit.
 /// Called once per process tree, before the hooks are installed.
 ///
@@ -155,7 +158,11 @@ impl Process {
         let kind = backend_type();
         // SAFETY: a plain read of the server's global.
         self.kind = unsafe { pg_sys::MyBackendType };
-        let followed = settings::Followed::now();
+        let mut followed = settings::Followed::now();
+        self.tracked = slot.track.load(Relaxed);
+        if self.tracked != 0 {
+            followed.mode = self.tracked - 1;
+        }
         if followed.stack_depth != self.followed.stack_depth && self.followed.stack_depth != 0 {
             self.stacks.forget();
         }
@@ -165,11 +172,8 @@ impl Process {
         slot.without_messages.store(pg_compat::has_no_messages(kind) as u32, Relaxed);
         slot.mode.store(followed.mode, Relaxed);
         let has_work = self.has_messages || slot.has_no_messages();
-        let ticks = if has_work && followed.mode != Mode::Off as u32 && pg_compat::allocates_much(kind as _) {
-            followed.walk_interval
-        } else {
-            0
-        };
+        // Also in a process that records nothing: rheap_track may have asked for it in the middle of a statement.
+        let ticks = if has_work && pg_compat::allocates_much(kind as _) { followed.walk_interval.min(WISH) } else { 0 };
         if std::mem::replace(&mut self.ticks, ticks) != ticks {
             hook::tick::every(ticks as u64);
         }

@@ -17,7 +17,7 @@ use crate::ledger::account::{Site, Stamp};
 use crate::ledger::region::Budget;
 use crate::ledger::{Decision, Ledger};
 use crate::pg_compat::{self, MemoryContext};
-use crate::settings;
+use crate::settings::{self, Mode};
 use crate::share::Share;
 use crate::share::pool::{CHUNK, Cursor};
 use crate::share::row::Row;
@@ -80,6 +80,8 @@ pub struct Process {
     has_served: bool,
     /// A check is going on in this session: everything is recorded, whatever the settings say.
     checking: bool,
+    /// The wish of `rheap_track` that is followed.
+    tracked: u32,
     /// The first walk is to be made before anything else is allocated.
     baseline_due: bool,
     followed: settings::Followed,
@@ -127,6 +129,7 @@ pub static PROCESS: Global = Global(UnsafeCell::new(Process {
     has_messages: false,
     has_served: false,
     checking: false,
+    tracked: 0,
     baseline_due: false,
     followed: settings::Followed::NONE,
     looks: 0,
@@ -228,6 +231,17 @@ impl Process {
     #[inline(always)]
     fn must_forget(&self) -> bool {
         self.own_slot.is_some_and(Slot::reset_pending)
+    }
+
+    /// `rheap_track` wishes for another mode than the one that is followed.
+    #[inline(always)]
+    fn must_follow_wish(&self, slot: &Slot) -> bool {
+        slot.track.load(Relaxed) != self.tracked
+    }
+
+    /// Whether anything is recorded.
+    pub fn is_on(&self) -> bool {
+        self.followed.mode != Mode::Off as u32
     }
 
     /// What seldom changes.
@@ -400,6 +414,9 @@ impl Process {
     fn look(&mut self, slot: &Slot) {
         self.looks = LOOK;
         self.now = now();
+        if self.must_follow_wish(slot) {
+            self.follow_settings();
+        }
         if self.walk.is_due(self.now) {
             self.follow_settings();
             // Where no work has begun since the last walk, as in a long statement and in processes without messages,
@@ -438,7 +455,7 @@ impl Process {
         self.now = pg_compat::statement_start();
         self.flush(true);
         self.next_epoch(slot);
-        if slot.reset_pending() || !self.has_served || settings::changed() {
+        if slot.reset_pending() || !self.has_served || settings::changed() || self.must_follow_wish(slot) {
             self.between_statements(slot, regs);
         }
         // SAFETY: between two statements the tree is consistent.
@@ -657,6 +674,15 @@ pub fn look_at_all() {
             p.look(slot);
         }
     });
+}
+
+/// A statement has been parsed and is about to run.
+pub fn follow_wish() {
+    // SAFETY: as for `guarded`; most statements find nothing to do.
+    let process = unsafe { current() };
+    if process.slot().is_some_and(|slot| process.must_follow_wish(slot)) {
+        guarded(Process::follow_settings);
+    }
 }
 
 /// In the middle of a long statement.

@@ -213,6 +213,8 @@ impl Share {
                 self.rows.release(index as u32, Row::close);
                 slot.open(backend_type);
                 slot.begin(crate::process::precisely_now());
+                // A wish was for the process that was here before.
+                slot.track.store(0, Relaxed);
                 index as u32
             })
         };

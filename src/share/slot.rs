@@ -36,6 +36,9 @@ pub struct Slot {
     pub opened: AtomicI64,
     /// 1 once what the dead owner held has been put down.
     pub buried: AtomicU32,
+    /// What `rheap_track` wishes: the ordinal of a mode plus 1; 0: what the setting says. The owner follows when it
+    /// next works.
+    pub track: AtomicU32,
 }
 
 pub const POSTMASTER: i32 = -1;

@@ -5,6 +5,7 @@ use std::sync::atomic::Ordering::*;
 
 use pgrx::prelude::*;
 
+use crate::exports::Context;
 use crate::pg_compat::KINDS;
 use crate::verdict::{Verdict, judge_site};
 
@@ -32,7 +33,30 @@ fn rheap_contexts(
         name!(verdict, String),
     ),
 > {
-    let (share, slots) = super::slots("rheap_contexts", pid);
+    let rows = contexts("rheap_contexts", pid);
+    TableIterator::new(rows.into_iter().map(|c| {
+        (
+            c.pid,
+            c.backend_type,
+            c.path,
+            c.name,
+            c.kind.map(str::to_string),
+            c.contexts as i32,
+            c.total_bytes as i64,
+            c.used_bytes as i64,
+            c.free_bytes as i64,
+            c.baseline_bytes as i64,
+            c.growth_bytes,
+            c.growth_bytes_per_s,
+            c.watched,
+            c.verdict.name().to_string(),
+        )
+    }))
+}
+
+/// The rows of the view, what has grown most first.
+pub fn contexts(function: &str, pid: Option<i32>) -> Vec<Context> {
+    let (share, slots) = super::slots(function, pid);
     let mut rows = Vec::new();
     for (index, slot) in slots {
         if slot.reset_pending() {
@@ -50,31 +74,31 @@ fn rheap_contexts(
         for chunk in share.rows.owned(index) {
             for row in share.rows.rows_of(chunk).filter_map(|(_, row)| row.copy()) {
                 let path = share.path_name(row.path);
-                let used = row.seen.total_bytes - row.seen.free_bytes;
-                let (first, last) = (row.series.first(), row.series.last());
-                let growth_per_s = match (first, last) {
+                let used_bytes = row.seen.total_bytes - row.seen.free_bytes;
+                let growth_bytes_per_s = match (row.series.first(), row.series.last()) {
                     (Some(a), Some(b)) if b.0 > a.0 => (b.1 as f64 - a.1 as f64) / ((b.0 - a.0) as f64 / 1e6),
                     _ => 0.0,
                 };
-                rows.push((
+                rows.push(Context {
                     pid,
-                    backend_type.clone(),
-                    path.clone(),
-                    path.rsplit('/').next().unwrap_or_default().to_string(),
-                    KINDS.get(row.seen.kind as usize).map(|k| k.to_string()),
-                    row.seen.contexts as i32,
-                    row.seen.total_bytes as i64,
-                    used as i64,
-                    row.seen.free_bytes as i64,
-                    row.baseline_bytes as i64,
-                    used as i64 - row.baseline_bytes as i64,
-                    growth_per_s,
-                    row.seen.watched,
-                    worst.get(&row.path).copied().unwrap_or(Verdict::Steady).name().to_string(),
-                ));
+                    backend_type: backend_type.clone(),
+                    name: path.rsplit('/').next().unwrap_or_default().to_string(),
+                    path,
+                    kind: KINDS.get(row.seen.kind as usize).copied(),
+                    contexts: row.seen.contexts,
+                    total_bytes: row.seen.total_bytes,
+                    used_bytes,
+                    free_bytes: row.seen.free_bytes,
+                    baseline_bytes: row.baseline_bytes,
+                    growth_bytes: used_bytes as i64 - row.baseline_bytes as i64,
+                    growth_bytes_per_s,
+                    watched: row.seen.watched,
+                    verdict: worst.get(&row.path).copied().unwrap_or(Verdict::Steady),
+                    series: row.series,
+                });
             }
         }
     }
-    rows.sort_by(|a, b| b.10.cmp(&a.10).then(b.6.cmp(&a.6)));
-    TableIterator::new(rows)
+    rows.sort_by(|a, b| b.growth_bytes.cmp(&a.growth_bytes).then(b.total_bytes.cmp(&a.total_bytes)));
+    rows
 }

@@ -219,7 +219,8 @@ pub fn culprit(symbols: &mut Symbols, stack: u32) -> (Vec<Frame>, usize) {
 /// Functions without a name that a helper has called are its own, on stripped servers: so many at most.
 const NAMELESS: usize = 3;
 
-fn innermost(frames: &[Frame]) -> usize {
+/// The index of the innermost frame that does not only allocate for its caller.
+pub fn innermost(frames: &[Frame]) -> usize {
     let helps = |f: &Frame| f.function.as_deref().is_some_and(is_helper);
     let mut at = 0;
     loop {

@@ -3,13 +3,17 @@
 mod check;
 mod contexts;
 mod ended;
+mod exports;
 mod gather;
 mod install;
+mod install_reports;
 mod leaks;
+mod model;
 mod processes;
-mod report;
 mod reset;
+mod snapshots;
 mod suppress;
+mod track;
 
 use core::ffi::CStr;
 use std::sync::atomic::Ordering::*;

@@ -5,8 +5,10 @@ use std::sync::atomic::Ordering::*;
 use pgrx::datum::TimestampWithTimeZone;
 use pgrx::prelude::*;
 
+use crate::exports::Process;
 use crate::ledger::account::HISTORY;
 use crate::settings::Mode;
+use crate::share::slot::Slot;
 
 /// What rheap knows of each process, and what it costs there.
 #[pg_extern(volatile, parallel_restricted)]
@@ -32,30 +34,55 @@ fn rheap_processes(
         name!(last_walk, Option<TimestampWithTimeZone>),
     ),
 > {
-    let (_, slots) = super::slots("rheap_processes", pid);
-    TableIterator::new(slots.into_iter().map(|(_, slot)| {
-        let pid = slot.pid.load(Acquire);
-        let number = |cell: &std::sync::atomic::AtomicU64| cell.load(Relaxed) as i64;
-        let (own, contexts) = (number(&slot.own_bytes), number(&slot.context_bytes));
-        let resident = Resident::of(pid);
-        let walks = slot.walks.load(Acquire);
+    let rows = processes("rheap_processes", pid);
+    TableIterator::new(rows.into_iter().map(|p| {
         (
-            pid,
-            super::backend_type(slot),
-            Mode::name(slot.mode.load(Relaxed)).to_string(),
-            slot.watched_contexts.load(Relaxed) as i32,
-            number(&slot.allocations),
-            number(&slot.frees),
-            number(&slot.captures),
-            number(&slot.dropped),
-            own,
-            contexts,
-            resident.as_ref().map(|r| r.all),
-            resident.as_ref().map(|r| (r.anonymous - own - contexts).max(0)),
-            walks as i32,
-            super::timestamp(slot.walk_times[walks as usize % HISTORY].load(Relaxed)),
+            p.pid,
+            p.backend_type,
+            p.mode.to_string(),
+            p.watched_contexts as i32,
+            p.allocations as i64,
+            p.frees as i64,
+            p.captures as i64,
+            p.dropped as i64,
+            p.own_bytes as i64,
+            p.context_bytes as i64,
+            p.rss_bytes,
+            p.unattributed_bytes,
+            p.walks as i32,
+            super::timestamp(p.last_walk),
         )
     }))
+}
+
+/// The rows of the view.
+pub fn processes(function: &str, pid: Option<i32>) -> Vec<Process> {
+    let (_, slots) = super::slots(function, pid);
+    let process = |(_, slot): (u32, &Slot)| {
+        let pid = slot.pid.load(Acquire);
+        let (own_bytes, context_bytes) = (slot.own_bytes.load(Relaxed), slot.context_bytes.load(Relaxed));
+        let resident = Resident::of(pid);
+        let walks = slot.walks.load(Acquire);
+        Process {
+            pid,
+            backend_type: super::backend_type(slot),
+            mode: Mode::name(slot.mode.load(Relaxed)),
+            watched_contexts: slot.watched_contexts.load(Relaxed),
+            allocations: slot.allocations.load(Relaxed),
+            frees: slot.frees.load(Relaxed),
+            captures: slot.captures.load(Relaxed),
+            dropped: slot.dropped.load(Relaxed),
+            own_bytes,
+            context_bytes,
+            rss_bytes: resident.as_ref().map(|r| r.all),
+            unattributed_bytes: resident
+                .as_ref()
+                .map(|r| (r.anonymous - own_bytes as i64 - context_bytes as i64).max(0)),
+            walks,
+            last_walk: slot.walk_times[walks as usize % HISTORY].load(Relaxed),
+        }
+    };
+    slots.into_iter().map(process).collect()
 }
 
 /// Resident memory of a process in bytes, from the kernel.

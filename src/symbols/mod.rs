@@ -26,6 +26,12 @@ impl Frame {
         self.function.as_deref().unwrap_or(&self.address)
     }
 
+    /// Of its source, where debug information has told.
+    pub fn file_and_line(&self) -> Option<(&str, u32)> {
+        let (file, line) = self.location.rsplit_once(':')?;
+        Some((file, line.parse().ok()?))
+    }
+
     pub fn describe(&self) -> String {
         match &self.function {
             Some(function) => format!("{function} at {}", self.location),
@@ -36,6 +42,12 @@ impl Frame {
 
 fn module_path(share: &Share, module: u32) -> Option<String> {
     dictionary::unpack(&share.modules.get(module)).map(|(_, path)| path)
+}
+
+/// The file of a frame word's module and the offset in it; None for the end of a stack that was cut.
+pub fn place(share: &Share, word: u64) -> Option<(String, u64)> {
+    let (module, offset) = unframe(word);
+    (word != CUT).then(|| (module_path(share, module).unwrap_or_else(|| "(unknown module)".into()), offset))
 }
 
 fn module_name(path: &str) -> &str {
@@ -96,7 +108,8 @@ impl<'a> Symbols<'a> {
         all
     }
 
-    fn frames(&mut self, word: u64) -> Vec<Frame> {
+    /// The functions at a frame word: one, or several that are inlined into each other, innermost first.
+    pub fn frames(&mut self, word: u64) -> Vec<Frame> {
         if let Some(known) = self.frames.get(&word) {
             return known.clone();
         }

@@ -12,7 +12,7 @@ use crate::ledger::region::Budget;
 use crate::ledger::table::{Entry, Table};
 use crate::pg_compat::{self, MemoryContext};
 use crate::process::{self, Process};
-use crate::settings::{self, Mode};
+use crate::settings;
 use crate::share::row::Seen;
 use crate::share::slot::Slot;
 use crate::verdict::proportion::Held;
@@ -125,7 +125,7 @@ pub unsafe fn walk(process: &mut Process, slot: &Slot) {
     let start = clock();
     let number = slot.walks.load(Relaxed) + 1;
     let baseline = number == 1 || (slot.has_no_messages() && process.walk.is_starting());
-    let on = settings::mode() != Mode::Off as u32;
+    let on = process.is_on();
     let adopt = settings::adopt_bytes();
     let mut trail = [0u32; DEEPEST];
     let (mut total, mut watched) = (0u64, 0u32);

@@ -1,0 +1,81 @@
+//! One page that needs nothing but itself: style, code and data are in it, and its policy forbids the network.
+
+use super::{Model, json};
+
+const TEMPLATE: &str = include_str!("page/page.html");
+const STYLE: &str = include_str!("page/page.css");
+const SCRIPTS: [&str; 3] =
+    [include_str!("page/basics.js"), include_str!("page/flame.js"), include_str!("page/sections.js")];
+
+/// The page. Its data is the report for programs.
+pub fn page(model: &Model) -> String {
+    let data = serde_json::to_string(&json::report(model)).expect("numbers and strings are JSON");
+    let title = format!("rheap: {}", model.subject()).replace('&', "&amp;").replace('<', "&lt;");
+    let mut page = String::with_capacity(data.len() + data.len() / 8 + 65536);
+    let mut rest = TEMPLATE;
+    let parts = [
+        ("{{title}}", title),
+        ("{{style}}", STYLE.into()),
+        ("{{data}}", harmless(&data)),
+        ("{{script}}", SCRIPTS.concat()),
+    ];
+    for (place, text) in parts {
+        let (before, after) = rest.split_once(place).expect("the template has each place, in this order");
+        page.push_str(before);
+        page.push_str(&text);
+        rest = after;
+    }
+    page.push_str(rest);
+    page
+}
+
+/// JSON in which nothing can end the element that holds it, whatever functions and contexts are called. The
+/// characters stand in strings only, where an escape means the same.
+fn harmless(json: &str) -> String {
+    let mut text = String::with_capacity(json.len() + json.len() / 8);
+    for c in json.chars() {
+        match c {
+            '<' => text.push_str("\\u003c"),
+            '>' => text.push_str("\\u003e"),
+            '&' => text.push_str("\\u0026"),
+            '\u{2028}' => text.push_str("\\u2028"),
+            '\u{2029}' => text.push_str("\\u2029"),
+            c => text.push(c),
+        }
+    }
+    text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::samples::{large, small};
+    use super::*;
+
+    #[test]
+    fn a_hostile_name_stays_data() {
+        let mut model = small();
+        let name = "</script><script>alert(1)</script>\u{2028}<!-- {{script}}";
+        model.calls[1].frames[0].function = Some(name.into());
+        let page = page(&model);
+        assert_eq!(page.matches("</script>").count(), 2, "the data's and the code's");
+        assert!(!page.contains("alert(1)<"));
+        let data = page.split_once("type=\"application/json\">").unwrap().1.split_once("</script>").unwrap().0;
+        let data: serde_json::Value = serde_json::from_str(data).unwrap();
+        assert_eq!(data["leaks"][0]["function"], name);
+    }
+
+    #[test]
+    fn it_asks_nobody_for_anything() {
+        let page = page(&small());
+        assert!(page.contains("default-src 'none'"));
+        assert!(!page.contains("src=") && !page.contains("@import") && !page.contains("url("));
+    }
+
+    #[test]
+    fn ten_thousand_stacks_take_seconds() {
+        let model = large();
+        let start = std::time::Instant::now();
+        assert!(page(&model).len() > 1 << 20);
+        assert!(start.elapsed().as_secs() < 20, "{:?}", start.elapsed());
+    }
+}

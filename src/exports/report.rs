@@ -1,0 +1,296 @@
+//! The report for a terminal, in the order that users of heaptrack know.
+
+use std::fmt::Write;
+
+use super::metric::Metric;
+use super::tree::{Node, merge};
+use super::units::{bytes, count, signed_bytes};
+use super::{Model, Site, moment};
+use crate::verdict::Verdict;
+
+const WIDTH: usize = 110;
+/// Entries of a section; more are counted, not listed.
+const ENTRIES: usize = 10;
+/// Callers of one place that are listed, the greatest first; more are counted.
+const CALLERS: usize = 3;
+
+/// The report: UTF-8 lines of at most 110 columns.
+pub fn text(model: &Model) -> String {
+    let mut page = Page::default();
+    page.line(0, &format!("rheap {}: {}", env!("CARGO_PKG_VERSION"), model.subject()));
+    page.line(0, &format!("{}, {}", moment::text(model.taken_at), model.server));
+    if model.sites.iter().any(|s| !s.exact) {
+        page.line(0, "Figures with ~ are unbiased estimates from a sample.");
+    }
+    page.line(0, "Trees begin where the allocator and its helpers are called; callers are below what they call. Whole stacks are in the rows of rheap_call_sites().");
+    leaks(&mut page, model);
+    let sections = [
+        ("WHAT HOLDS MOST", Metric::Live),
+        ("MOST CALLS TO THE ALLOCATOR", Metric::Allocations),
+        ("MOST TEMPORARY ALLOCATIONS (freed again)", Metric::Temporary),
+    ];
+    for (title, metric) in sections {
+        page.title(title);
+        let roots = merge(model, &model.sites, metric);
+        let total: u64 = roots.iter().map(|r| r.value).sum();
+        let rough = |f: &str| model.sites.iter().any(|s| !s.exact && model.culprit(s).is_some_and(|c| c.name() == f));
+        for root in roots.iter().take(ENTRIES) {
+            let about = if rough(root.frame.name()) { "~" } else { "" };
+            let share = 100.0 * root.value as f64 / total.max(1) as f64;
+            let sum = match metric {
+                Metric::Live => format!("{about}{} in {about}{} allocations", bytes(root.bytes), count(root.count)),
+                _ => format!("{about}{} allocations of {about}{} together", count(root.count), bytes(root.bytes)),
+            };
+            page.line(0, &format!("{sum} ({share:.1} %) from"));
+            page.tree(root, 2, metric, SHORT);
+        }
+        page.more(roots.len(), "places");
+    }
+    totals(&mut page, model);
+    contexts(&mut page, model);
+    outside(&mut page, model);
+    page.text
+}
+
+fn leaks(page: &mut Page, model: &Model) {
+    let sites: Vec<&Site> = model.sites.iter().filter(|s| s.verdict >= Verdict::Suspect).collect();
+    page.title("LEAKS");
+    for site in sites.iter().take(ENTRIES) {
+        let about = if site.exact { "" } else { "~" };
+        let place = model.culprit(site).map_or("(unknown)".into(), |f| f.describe());
+        let whose = match site.processes {
+            0 | 1 => format!("{}, pid {}", site.backend_type, site.pid),
+            n => format!("{}, {n} processes, most in pid {}", site.backend_type, site.pid),
+        };
+        page.line(0, &format!("{} ({:.0} %): {place}", site.verdict.name().to_uppercase(), site.confidence * 100.0));
+        let (live, number) = (bytes(site.live_bytes), count(site.live_count));
+        page.line(2, &format!("{about}{live} in {about}{number} allocations; {whose}"));
+        page.line(2, &format!("in {}", site.context));
+        if let Some(id) = site.query_id {
+            page.line(2, &format!("allocated most recently by query id {id}"));
+        }
+        page.line(2, &site.reason);
+        merge(model, [*site], Metric::Live).iter().for_each(|root| page.tree(root, 4, Metric::Live, WHOLE));
+    }
+    if sites.is_empty() {
+        page.line(0, "none: nothing here keeps growing");
+    }
+    page.more(sites.len(), "leaks, which rheap_leaks() lists");
+}
+
+fn totals(page: &mut Page, model: &Model) {
+    let t = model.totals();
+    page.title("TOTALS of watched contexts");
+    let mut row = |name: &str, number: u64, size: u64| {
+        page.line(0, &format!("{name:<16}{:>18} allocations {:>12}", count(number), bytes(size)));
+    };
+    row("allocated", t.alloc_count, t.alloc_bytes);
+    row("freed again", t.free_count, t.free_bytes);
+    row("alive", t.live_count, t.live_bytes);
+    page.line(0, &format!("{:<16}{:>18}", "call sites", count(model.sites.len() as u64)));
+    let dropped: u64 = model.processes.iter().map(|p| p.dropped).sum();
+    if dropped > 0 {
+        let advice = "raise rheap.memory_limit or rheap.max_call_sites";
+        page.line(0, &format!("{} records were given up for want of room: {advice}", count(dropped)));
+    }
+    let own: u64 = model.processes.iter().map(|p| p.own_bytes).sum();
+    page.line(0, &format!("rheap itself uses {} in {} processes", bytes(own), model.processes.len()));
+}
+
+fn contexts(page: &mut Page, model: &Model) {
+    page.title("MEMORY CONTEXTS, what grew most first");
+    page.line(0, &format!("{:>10} {:>11} {:>12} {:>8}  {:<8} path", "used", "growth", "per second", "pid", "verdict"));
+    for c in model.contexts.iter().take(ENTRIES) {
+        let rate = signed_bytes(c.growth_bytes_per_s as i64);
+        let figures = format!(
+            "{:>10} {:>11} {:>12} {:>8}  {:<8} ",
+            bytes(c.used_bytes),
+            signed_bytes(c.growth_bytes),
+            rate,
+            c.pid,
+            c.verdict.name()
+        );
+        page.hanging(&figures, 55, &c.path);
+    }
+    page.more(model.contexts.len(), "context paths, which rheap_contexts() lists");
+}
+
+fn outside(page: &mut Page, model: &Model) {
+    page.title("OUTSIDE CONTEXTS: private memory that neither contexts nor rheap explain (malloc in libraries)");
+    page.line(0, &format!("{:>10} {:>10} {:>10} {:>10}  process", "outside", "contexts", "rheap", "resident"));
+    let mut processes: Vec<_> = model.processes.iter().collect();
+    processes.sort_by_key(|p| std::cmp::Reverse((p.unattributed_bytes, p.pid)));
+    let size = |n: Option<i64>| n.map_or("?".into(), |n| bytes(n as u64));
+    for p in processes.iter().take(ENTRIES) {
+        page.line(
+            0,
+            &format!(
+                "{:>10} {:>10} {:>10} {:>10}  pid {}, {}, {}",
+                size(p.unattributed_bytes),
+                bytes(p.context_bytes),
+                bytes(p.own_bytes),
+                size(p.rss_bytes),
+                p.pid,
+                p.backend_type,
+                p.mode
+            ),
+        );
+    }
+    page.more(processes.len(), "processes, which rheap_processes lists");
+}
+
+#[derive(Default)]
+struct Page {
+    text: String,
+}
+
+impl Page {
+    fn title(&mut self, title: &str) {
+        let _ = writeln!(self.text, "\n{title}");
+    }
+
+    /// A line, or several: what does not fit goes on below, further in, and nothing is left out.
+    fn line(&mut self, indent: usize, text: &str) {
+        self.hanging(&" ".repeat(indent), indent + 4, text);
+    }
+
+    fn hanging(&mut self, first: &str, hang: usize, text: &str) {
+        self.text.push_str(first);
+        let mut column = first.chars().count();
+        let mut fresh = true;
+        for word in text.split_inclusive([' ', '/']) {
+            let length = word.trim_end().chars().count();
+            if column + length > WIDTH && !fresh {
+                self.text.truncate(self.text.trim_end_matches(' ').len());
+                let _ = write!(self.text, "\n{:hang$}", "");
+                column = hang;
+            }
+            fresh = false;
+            for c in word.chars() {
+                // A single word that is longer than a line.
+                if column >= WIDTH && c != ' ' {
+                    let _ = write!(self.text, "\n{:hang$}", "");
+                    column = hang;
+                }
+                self.text.push(c);
+                column += 1;
+            }
+        }
+        self.text.truncate(self.text.trim_end_matches(' ').len());
+        self.text.push('\n');
+    }
+
+    fn more(&mut self, all: usize, what: &str) {
+        if all > ENTRIES {
+            let _ = writeln!(self.text, "... and {} more {what}", all - ENTRIES);
+        }
+    }
+
+    /// A place and its callers. Those that are called from one place only go straight down; where several call, each
+    /// has its sum and goes further in. What is left out of `detail` is counted.
+    fn tree(&mut self, node: &Node, indent: usize, metric: Metric, detail: Detail) {
+        let (mut at, mut listed) = (node, 0);
+        loop {
+            let inlined = if at.inlined { "  [inlined]" } else { "" };
+            self.line(indent, &format!("{}{inlined}", at.frame.describe()));
+            listed += 1;
+            match at.callers.as_slice() {
+                [] => return,
+                [one] if one.value == at.value => {
+                    at = one;
+                    let frames = straight(at);
+                    if listed >= detail.frames && frames > 1 {
+                        return self.line(indent, &format!("... and {frames} callers of these"));
+                    }
+                }
+                several => {
+                    let worth = if detail.branches == 0 { 0 } else { CALLERS };
+                    for caller in several.iter().take(worth) {
+                        self.line(indent + 2, &format!("{} from", value(metric, caller)));
+                        let detail = Detail { branches: detail.branches - 1, ..detail };
+                        self.tree(caller, indent + 4, metric, detail);
+                    }
+                    if several.len() > worth {
+                        let rest: u64 = several.iter().skip(worth).map(|c| c.value).sum();
+                        let unit = metric.unit();
+                        let rest = if unit == "bytes" { bytes(rest) } else { format!("{} {unit}", count(rest)) };
+                        let more = if worth > 0 { "more " } else { "" };
+                        self.line(indent + 2, &format!("... and {} {more}callers: {rest}", several.len() - worth));
+                    }
+                    return;
+                }
+            }
+        }
+    }
+}
+
+/// How much of a tree is listed.
+#[derive(Clone, Copy)]
+struct Detail {
+    /// Frames in a row.
+    frames: usize,
+    /// Levels at which callers go apart.
+    branches: usize,
+}
+
+const WHOLE: Detail = Detail { frames: usize::MAX, branches: 3 };
+const SHORT: Detail = Detail { frames: 6, branches: 1 };
+
+/// Frames from here on until callers go apart or the stack ends.
+fn straight(node: &Node) -> usize {
+    match node.callers.as_slice() {
+        [one] if one.value == node.value => 1 + straight(one),
+        _ => 1,
+    }
+}
+
+fn value(metric: Metric, node: &Node) -> String {
+    match metric {
+        Metric::Live | Metric::Allocated => format!("{} in {}", bytes(node.value), count(node.count)),
+        _ => format!("{} of {}", count(node.value), bytes(node.bytes)),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::samples::{large, small};
+    use super::*;
+
+    #[test]
+    fn every_section_is_there_and_true() {
+        let text = text(&small());
+        for expected in [
+            "rheap 0.1.0: pid 7 (client backend, exact)",
+            "LEAK (99 %): inner at src/inner.c:32",
+            "2.93 kB in 30 allocations; client backend, pid 7",
+            "    inner at src/inner.c:32  [inlined]\n    run at src/run.c:32\n    main at src/main.c:48\n",
+            "WHAT HOLDS MOST\n2.93 kB in 30 allocations (98.4 %) from\n  inner at",
+            "MOST CALLS TO THE ALLOCATOR\n100 allocations of 1007 B together (76.9 %) from\n  other at",
+            "freed again                     95 allocations        957 B",
+            "TopMemoryContext",
+            "  977 kB",
+        ] {
+            assert!(text.contains(expected), "{expected}\n{text}");
+        }
+    }
+
+    #[test]
+    fn lines_are_not_longer_than_promised_and_what_is_left_out_is_counted() {
+        let mut model = large();
+        model.sites[0].verdict = Verdict::Leak;
+        model.sites[0].reason = "§".repeat(300);
+        model.calls[0].frames[0].function = Some("long ".repeat(60));
+        let start = std::time::Instant::now();
+        let text = text(&model);
+        assert!(start.elapsed().as_secs() < 20, "{:?}", start.elapsed());
+        let longest = text.lines().map(|l| l.chars().count()).max().unwrap();
+        assert!(longest <= WIDTH, "{longest}");
+        assert_eq!(text.matches('§').count(), 300);
+        assert!(text.contains("... and 9590 more context paths") && text.contains("... and 90 more processes"));
+    }
+
+    #[test]
+    fn nothing_is_a_report_too() {
+        assert!(text(&Model::default()).contains("none: nothing here keeps growing"));
+    }
+}

@@ -1,0 +1,74 @@
+//! The reports and the files for other tools.
+
+use pgrx::PgSqlErrorCode;
+use pgrx::prelude::*;
+
+use super::model::with_model;
+use crate::exports::metric::Metric;
+use crate::exports::{flame, heaptrack, html, json, pprof, report};
+
+/// The metric of this name, or the ERROR that lists those there are.
+fn metric(name: &str) -> Metric {
+    Metric::parse(name).unwrap_or_else(|| {
+        super::refuse(
+            PgSqlErrorCode::ERRCODE_INVALID_PARAMETER_VALUE,
+            format!("there is no metric \"{name}\""),
+            &format!("Write one of: {}.", Metric::ALL.map(Metric::name).join(", ")),
+        )
+    })
+}
+
+/// A report for a terminal: leaks, what holds most, most calls, most temporary allocations, totals, contexts.
+#[pg_extern(volatile, parallel_restricted)]
+pub fn rheap_report(pid: default!(Option<i32>, "NULL")) -> String {
+    with_model("rheap_report", pid, report::text)
+}
+
+/// The same facts for programs, as docs/report.schema.json describes them.
+#[pg_extern(volatile, parallel_restricted)]
+pub fn rheap_report_json(pid: default!(Option<i32>, "NULL")) -> pgrx::JsonB {
+    with_model("rheap_report_json", pid, |model| {
+        pgrx::JsonB(serde_json::to_value(json::report(model)).expect("numbers and strings are JSON"))
+    })
+}
+
+/// Collapsed stacks, `frame;frame;frame value` in lines, root first.
+#[pg_extern(volatile, parallel_restricted)]
+pub fn rheap_folded(pid: default!(Option<i32>, "NULL"), metric: default!(&str, "'live'")) -> String {
+    let metric = self::metric(metric);
+    with_model("rheap_folded", pid, |model| flame::folded(model, metric))
+}
+
+/// A flame graph as an SVG, which searches and zooms in a browser.
+#[pg_extern(volatile, parallel_restricted)]
+pub fn rheap_flamegraph(pid: default!(Option<i32>, "NULL"), metric: default!(&str, "'live'")) -> String {
+    let metric = self::metric(metric);
+    with_model("rheap_flamegraph", pid, |model| flame::svg(model, metric))
+}
+
+/// One self-contained page: leaks with reasons, growth charts, flame graph, call sites, processes.
+#[pg_extern(volatile, parallel_restricted)]
+pub fn rheap_html(pid: default!(Option<i32>, "NULL")) -> String {
+    with_model("rheap_html", pid, html::page)
+}
+
+/// A gzipped profile.proto, as `go tool pprof` reads it.
+#[pg_extern(volatile, parallel_restricted)]
+pub fn rheap_pprof(pid: default!(Option<i32>, "NULL")) -> Vec<u8> {
+    with_model("rheap_pprof", pid, pprof::profile)
+}
+
+/// A data file of heaptrack, for heaptrack_print and heaptrack_gui.
+#[pg_extern(volatile, parallel_restricted)]
+pub fn rheap_heaptrack(pid: i32) -> String {
+    with_model("rheap_heaptrack", Some(pid), heaptrack::file).unwrap_or_else(|too_large| {
+        super::refuse(
+            PgSqlErrorCode::ERRCODE_PROGRAM_LIMIT_EXCEEDED,
+            format!(
+                "the process holds {} allocations, and a heaptrack file has a line for each, {} at most",
+                too_large.live_count, too_large.most
+            ),
+            "Write rheap_pprof or rheap_flamegraph, which have sums.",
+        )
+    })
+}
