@@ -10,6 +10,7 @@ help:
 	@echo 'make demo                    install what is needed, let a server leak, show rheap finding it'
 	@echo 'make install PG_CONFIG=...   build for that server and install there'
 	@echo 'make test                    everything that must hold; builds test servers on first use'
+	@echo 'make test PG=18              only the tests of that version, on its server'
 	@echo 'make test-fast               the tests that need no server'
 	@echo 'make lint                    rustfmt and clippy, no warnings'
 	@echo 'make bench SECTIONS=...      what rheap costs, as one table (no SECTIONS: everything, about an hour)'
@@ -22,7 +23,7 @@ install:
 	@pg_test/scripts/install.sh "$(PG_CONFIG)"
 
 test:
-	@pg_test/scripts/test.sh
+	@PG="$(PG)" pg_test/scripts/test.sh
 
 test-fast:
 	cargo test --quiet --locked --lib

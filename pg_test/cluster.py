@@ -5,6 +5,7 @@ As root, servers and their tools run as the user `postgres` (or $RHEAP_TEST_USER
 
 import os
 import pwd
+import re
 import shutil
 import subprocess
 import tempfile
@@ -49,10 +50,10 @@ class SqlError(Exception):
             name, _, value = line.partition(": ")
             fields.setdefault(name.strip().split(":")[-1], value.strip())
         head = next((l for l in text.splitlines() if "ERROR:" in l or "FATAL:" in l), "")
-        parts = head.split(":", 3) if head.count(":") >= 2 else ["", "", head]
-        level = next(i for i, p in enumerate(parts) if p.strip().endswith(("ERROR", "FATAL"))) if head else 0
-        self.sqlstate = parts[level + 1].strip() if head else ""
-        self.message = ":".join(parts[level + 2:]).strip() if head else text
+        # As psql writes it, or as it stands behind what psql says when it cannot connect: then without SQLSTATE.
+        found = re.search(r"(?:ERROR|FATAL): +(?:([0-9A-Z]{5}): )?(.*)", head)
+        self.sqlstate = (found.group(1) or "") if found else ""
+        self.message = found.group(2).strip() if found else text
         self.hint = fields.get("HINT", "")
 
 

@@ -30,11 +30,59 @@ def pg17_control():
     return built("control")
 
 
-@pytest.fixture(scope="session", params=["15", "17"])
+@pytest.fixture(scope="session")
+def pg17_cassert():
+    return built("cassert")
+
+
+def from_wheel(major):
+    prefix = subprocess.check_output([HERE / "servers/wheel.sh", major], text=True).split()[-1]
+    return Path(prefix) / "bin/pg_config"
+
+
+@pytest.fixture(scope="session")
+def pg16():
+    return from_wheel("16")
+
+
+@pytest.fixture(scope="session")
+def pg18():
+    return from_wheel("18")
+
+
+SERVERS = {"15": "pg15", "16": "pg16", "17": "pg17_control", "18": "pg18"}
+
+
+def pytest_addoption(parser):
+    parser.addoption("--pg", help="only the tests on the servers of this major version")
+
+
+def pytest_collection_modifyitems(config, items):
+    """With --pg, drops the tests of other versions, and those that concern no version."""
+    wanted = config.getoption("--pg")
+    if not wanted:
+        return
+
+    def version(item):
+        parameters = getattr(item, "callspec", None) and item.callspec.params
+        by_fixture = next((n[2:4] for n in item.fixturenames if n.startswith("pg1")), None)
+        return (parameters or {}).get("server") or (parameters or {}).get("slow_server") or by_fixture
+
+    config.hook.pytest_deselected(items=[i for i in items if version(i) != wanted])
+    items[:] = [i for i in items if version(i) == wanted]
+
+
+@pytest.fixture(scope="session", params=SERVERS)
 def server(request):
-    """Each server that behaviour is tested on: one with frame pointers and without debug information, one the
-    other way round."""
-    return request.getfixturevalue("pg15" if request.param == "15" else "pg17_control")
+    """Each server that behaviour is tested on: 15 with frame pointers and without debug information, 17 the other way
+    round, 16 and 18 of another make: at fixed addresses, by another compiler, with symbols only."""
+    return request.getfixturevalue(SERVERS[request.param])
+
+
+@pytest.fixture(scope="session", params=["15", "17"])
+def slow_server(request):
+    """For what takes long: the two that differ most."""
+    return request.getfixturevalue(SERVERS[request.param])
 
 
 @pytest.fixture(scope="session")

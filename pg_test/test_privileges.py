@@ -3,7 +3,7 @@
 import pytest
 from cluster import SqlError
 
-READ = ["rheap_leaks", "rheap_call_sites", "rheap_contexts", "rheap_processes"]
+READ = ["rheap_leaks", "rheap_call_sites", "rheap_contexts", "rheap_processes", "rheap_ended"]
 
 
 @pytest.fixture(scope="module")

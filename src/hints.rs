@@ -1,8 +1,12 @@
-//! A role that may not use rheap is refused by the server, whose error has no hint. This adds it.
+//! What rheap adds to the server's own log messages. A role that may not use rheap is refused by the server, whose
+//! error has no hint; a process without memory says how much it wanted, not who has it. And when the postmaster logs,
+//! it may be that it has just found a process killed.
 
 use core::ffi::CStr;
 use pgrx::prelude::*;
 use pgrx::{PgSqlErrorCode, pg_sys};
+
+use crate::process;
 use std::sync::atomic::{AtomicPtr, Ordering::*};
 
 type Hook = unsafe extern "C-unwind" fn(*mut pg_sys::ErrorData);
@@ -13,12 +17,12 @@ pub fn install() {
     // SAFETY: the hook is a global of the server, set while libraries load, in its only thread.
     unsafe {
         PREVIOUS.store(pg_sys::emit_log_hook.map_or(std::ptr::null_mut(), |h| h as *mut ()), Relaxed);
-        pg_sys::emit_log_hook = Some(add_hint);
+        pg_sys::emit_log_hook = Some(reported);
     }
 }
 
 #[pg_guard]
-unsafe extern "C-unwind" fn add_hint(report: *mut pg_sys::ErrorData) {
+unsafe extern "C-unwind" fn reported(report: *mut pg_sys::ErrorData) {
     // SAFETY: the server passes a valid report; its texts are C strings in its own context, which is freed with it.
     unsafe {
         if (*report).sqlerrcode == PgSqlErrorCode::ERRCODE_INSUFFICIENT_PRIVILEGE as i32
@@ -27,6 +31,20 @@ unsafe extern "C-unwind" fn add_hint(report: *mut pg_sys::ErrorData) {
             && let Some(hint) = hint(CStr::from_ptr((*report).message))
         {
             (*report).hint = pg_sys::MemoryContextStrdup((*report).assoc_context, hint.as_ptr());
+        }
+        if (*report).sqlerrcode == PgSqlErrorCode::ERRCODE_OUT_OF_MEMORY as i32
+            && (*report).elevel >= pgrx::PgLogLevel::ERROR as i32
+            && is_out_of_memory((*report).message_id)
+            && (*report).detail_log.is_null()
+        {
+            // For the log alone, where it takes the place of the detail, which it repeats.
+            let detail = if (*report).detail.is_null() { c"" } else { CStr::from_ptr((*report).detail) };
+            if let Some(block) = process::top_call_sites(detail) {
+                (*report).detail_log = block.as_ptr().cast_mut();
+            }
+        }
+        if pg_sys::PostmasterPid == libc::getpid() && !(*report).message_id.is_null() {
+            process::postmaster_logs(CStr::from_ptr((*report).message_id).to_bytes());
         }
         let previous = PREVIOUS.load(Relaxed);
         if !previous.is_null() {
@@ -42,6 +60,7 @@ const READ: &[&str] = &[
     "rheap_call_sites",
     "rheap_contexts",
     "rheap_processes",
+    "rheap_ended",
     "rheap_report",
     "rheap_report_json",
     "rheap_folded",
@@ -55,6 +74,15 @@ const READ: &[&str] = &[
     "rheap_snapshot_call_sites",
     "rheap_snapshot_contexts",
 ];
+
+/// Whether a message, untranslated, is about this process's memory: what is shared has the same SQLSTATE.
+///
+/// # Safety
+/// NULL or a C string.
+unsafe fn is_out_of_memory(message_id: *const core::ffi::c_char) -> bool {
+    // SAFETY: the caller's promise.
+    !message_id.is_null() && unsafe { CStr::from_ptr(message_id) }.to_bytes().starts_with(b"out of memory")
+}
 
 /// What to write instead, by the object that the message names, in whatever language.
 fn hint(message: &CStr) -> Option<&'static CStr> {

@@ -4,14 +4,28 @@
 //! memory contexts that outlive a transaction, and answers in SQL: `SELECT * FROM rheap_leaks();`
 //!
 //! The modules follow the way of the data: `hook` → `stack` → `ledger` → `walk` → `share` → `verdict` → `symbols` →
-//! `sql`, and `exports` for what people and other tools read. `process` holds what one server process knows, `pg_compat` what differs between server versions.
+//! `sql`, and `exports` for what people and other tools read. `process` holds what one server process knows, `pg_compat`
+//! what differs between server versions.
+
+#[cfg(not(all(target_os = "linux", target_arch = "x86_64", target_pointer_width = "64")))]
+compile_error!(
+    "rheap supports Linux on x86_64 only: it replaces entries of the server's method tables in place and walks stacks \
+     by the rules of that platform. It does not build on Windows, macOS, or for 32 bits."
+);
+#[cfg(not(any(feature = "pg15", feature = "pg16", feature = "pg17", feature = "pg18")))]
+compile_error!(
+    "rheap must know the server's major version: make install PG_CONFIG=..., or --features pg15, pg16, pg17 or pg18"
+);
 
 pub mod exports;
+#[cfg(test)]
+mod fuzz;
 mod hints;
 mod hook;
 pub mod ledger;
 mod load;
 mod pg_compat;
+mod proc_maps;
 mod process;
 mod query_ids;
 mod settings;

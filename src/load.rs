@@ -17,7 +17,6 @@ pub fn init() {
     let startup = unsafe { pg_sys::process_shared_preload_libraries_in_progress };
     settings::define(startup);
     hints::install();
-    query_ids::install();
     // SAFETY: plain reads of the server's globals, and calls that are meant for `_PG_init`.
     let result = unsafe {
         let cluster = startup && pg_sys::PostmasterPid == libc::getpid();
@@ -26,6 +25,9 @@ pub fn init() {
     };
     let way = if process::uses_frame_pointers() { "frame pointers" } else { "unwind tables" };
     pgrx::debug1!("rheap walks the server's stacks by {way}");
+    if result.is_ok() {
+        query_ids::install();
+    }
     if let Err(reason) = result {
         warning!("rheap runs without its hooks and records nothing: {reason}");
         let _ = REFUSAL.set(reason);

@@ -82,6 +82,21 @@ pub fn layout_fits() -> Result<(), &'static str> {
 /// # Safety
 /// From parse analysis, with its arguments. May raise an error, as the server's own call may.
 pub unsafe fn jumble(state: *mut pg_sys::ParseState, query: *mut pg_sys::Query) -> *mut pg_sys::JumbleState {
+    // The server asserts that somebody has asked for ids for every statement. An error in between, for want of memory,
+    // leaves it at that: then the server computes them.
+    // SAFETY: a variable of the server, in its only thread.
+    let enabled = unsafe { std::ptr::replace(&raw mut pg_sys::query_id_enabled, true) };
+    // SAFETY: the caller's promise.
+    let state = unsafe { call_jumble(state, query) };
+    // SAFETY: as above.
+    unsafe { pg_sys::query_id_enabled = enabled };
+    state
+}
+
+/// # Safety
+/// As for `jumble`.
+#[inline(always)]
+unsafe fn call_jumble(state: *mut pg_sys::ParseState, query: *mut pg_sys::Query) -> *mut pg_sys::JumbleState {
     // Declared here, since the bindings' wrapper costs more than a small query's id.
     #[cfg(feature = "pg15")]
     // SAFETY: the caller's promise.
@@ -167,4 +182,11 @@ pub fn has_no_messages(backend_type: i32) -> bool {
     use pg_sys::BackendType::*;
     backend_type == crate::share::slot::POSTMASTER
         || !matches!(backend_type as u32, B_INVALID | B_BACKEND | B_WAL_SENDER)
+}
+
+/// Hours and minutes of a `timestamptz` in the session's time zone.
+pub fn time_of_day(timestamp: i64) -> String {
+    // SAFETY: writes to a static buffer, in ISO format whatever the settings say.
+    let text = unsafe { std::ffi::CStr::from_ptr(pg_sys::timestamptz_to_str(timestamp)) };
+    text.to_string_lossy().get(11..16).unwrap_or_default().into()
 }

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Builds rheap for the server of a pg_config and installs it there; more pg_configs of the same major version get the
-# same build.
+# Builds rheap for the server of a pg_config and installs it there; more pg_configs of the same major version, and with
+# assertions if the first has them, get the same build.
 #
 #   pg_test/scripts/install.sh PG_CONFIG [PG_CONFIG…]
 set -euo pipefail
@@ -18,7 +18,9 @@ command -v cargo >/dev/null || { echo "install.sh: cargo is missing; install Rus
 
 cd "$top"
 target=${CARGO_TARGET_DIR:-$top/target}/pg$major
-# The bindings depend on the major version only, so one pg_config stands for all of a version.
+# A server with assertions has other structures.
+! grep -q '^#define USE_ASSERT_CHECKING 1' "$("$pg_config" --includedir-server)/pg_config.h" || target=$target-cassert
+# Beside that the bindings depend on the major version only, so one pg_config stands for all of a version.
 stamp=$target/pg_config
 mkdir -p "$target"
 [ -x "$(cat "$stamp" 2>/dev/null)" ] || echo "$pg_config" >"$stamp"

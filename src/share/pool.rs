@@ -56,12 +56,17 @@ pub struct Cursor {
     pub end: u32,
     /// Chunks taken so far.
     pub chunks: usize,
+    /// No more than this many; 0: as many as there are.
+    pub most: usize,
 }
 
 impl Cursor {
     /// A row that nobody uses. None when the pool is exhausted.
     pub fn take<T>(&mut self, pool: &Pool<T>, slot: u32) -> Option<u32> {
         if self.next == self.end {
+            if self.most != 0 && self.chunks >= self.most {
+                return None;
+            }
             let chunk = pool.claim(slot)?;
             self.next = (chunk * CHUNK) as u32;
             self.end = self.next + CHUNK as u32;

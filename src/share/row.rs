@@ -2,6 +2,7 @@
 
 use std::sync::atomic::{AtomicI64, AtomicU32, AtomicU64, Ordering::*, fence};
 
+use super::patience;
 use crate::ledger::account::HISTORY;
 
 /// What one walk saw of a path.
@@ -70,12 +71,18 @@ impl Row {
         self.sequence.store(sequence.wrapping_add(1), Release);
     }
 
+    /// Path and used bytes at the last walk, as they stand: for a row whose writer is no more.
+    pub fn held(&self) -> (u32, u64) {
+        let used = self.total_bytes.load(Relaxed).saturating_sub(self.free_bytes.load(Relaxed));
+        (self.path.load(Relaxed), used)
+    }
+
     pub fn close(&self) {
         self.path.store(0, Relaxed);
     }
 
     pub fn copy(&self) -> Option<RowCopy> {
-        for _ in 0..10_000 {
+        for attempt in 0.. {
             let before = self.sequence.load(Acquire);
             if before & 1 == 0 {
                 let copy = self.copy_unchecked();
@@ -84,7 +91,9 @@ impl Row {
                     return (copy.path != 0).then_some(copy);
                 }
             }
-            std::hint::spin_loop();
+            if !patience(attempt) {
+                break;
+            }
         }
         None
     }

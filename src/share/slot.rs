@@ -35,6 +35,10 @@ pub struct Slot {
     /// What `rheap_track` wishes: the ordinal of a mode plus 1; 0: what the setting says. The owner follows when it
     /// next works.
     pub track: AtomicU32,
+    /// When the owner took it; microseconds since 2000-01-01.
+    pub opened: AtomicI64,
+    /// 1 once what the dead owner held has been put down.
+    pub buried: AtomicU32,
 }
 
 pub const POSTMASTER: i32 = -1;
@@ -58,6 +62,12 @@ impl Slot {
             (_, 0) => "windows of time",
             _ => "messages",
         }
+    }
+
+    /// A new owner has it from now on.
+    pub fn begin(&self, now: i64) {
+        self.opened.store(now, Relaxed);
+        self.buried.store(0, Release);
     }
 
     /// Empties everything but the owner.
@@ -84,4 +94,26 @@ pub fn alive(pid: i32) -> bool {
     // SAFETY: signal 0 only asks.
     pid > 0
         && (unsafe { libc::kill(pid, 0) } == 0 || std::io::Error::last_os_error().raw_os_error() == Some(libc::EPERM))
+}
+
+/// True for a process that has ended, and whose parent does not know yet. Allocates nothing.
+pub fn is_zombie(pid: i32) -> bool {
+    use std::io::Write;
+    let (mut path, mut text) = ([0u8; 32], [0u8; 512]);
+    if write!(&mut path[..31], "/proc/{pid}/stat").is_err() {
+        return false;
+    }
+    // SAFETY: the path ends with a zero, and the kernel writes no more than the buffer holds.
+    let length = unsafe {
+        let file = libc::open(path.as_ptr().cast(), libc::O_RDONLY | libc::O_CLOEXEC);
+        if file < 0 {
+            return false;
+        }
+        let length = libc::read(file, text.as_mut_ptr().cast(), text.len());
+        libc::close(file);
+        length
+    };
+    let text = &text[..length.max(0) as usize];
+    // The state follows the name in brackets, which may hold anything.
+    text.iter().rposition(|&b| b == b')').is_some_and(|at| text.get(at + 2) == Some(&b'Z'))
 }

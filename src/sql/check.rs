@@ -9,7 +9,6 @@ use pgrx::{PgSqlErrorCode, pg_sys};
 
 use super::gather::culprit;
 use crate::symbols::{Frame, Symbols};
-use crate::verdict::bytes;
 use crate::verdict::proportion::{Held, kept};
 use crate::{process, verdict, walk};
 
@@ -53,12 +52,22 @@ struct Books {
 
 impl Books {
     fn now() -> Self {
+        process::look_at_all();
         process::settle();
         // SAFETY: between two statements of this session; the tree is consistent, and the reference ends here.
         unsafe { Books { sites: process::current().held_by_site(), contexts: walk::census(process::current()) } }
     }
 }
 
+/// The stack as far as it is the statement's: below it are the calls of this module and of the session.
+fn stack(frames: &[Frame]) -> Vec<String> {
+    let ours = frames.iter().position(|f| f.name() == "run" && f.location.contains("sql/check.rs"));
+    let execute = ours
+        .and_then(|end| frames[..end].iter().rposition(|f| f.name() == "SPI_execute" && !f.location.contains(".rs:")));
+    frames[..execute.unwrap_or(frames.len())].iter().map(Frame::describe).collect()
+}
+
+#[inline(never)]
 fn run(statement: &CString, times: i32) {
     for _ in 0..times {
         pgrx::check_for_interrupts!();
@@ -95,28 +104,29 @@ fn check(function: &str, statement: &str, repeat: i32, warmup: i32) -> Vec<Findi
     }
     let share = super::share();
     let statement = CString::new(statement).unwrap_or_default();
-    let (start, middle, end) = {
+    let mut books = Vec::new();
+    {
         let _recording = Recording::start();
         // SAFETY: a pair around what runs; an error in between ends the connection with its transaction.
         unsafe { pg_sys::SPI_connect() };
-        run(&statement, warmup);
-        let start = Books::now();
-        run(&statement, repeat / 2);
-        let middle = Books::now();
-        run(&statement, repeat - repeat / 2);
-        let end = Books::now();
+        // One place that calls for all three phases: what is allocated in them has the same stack, so the same site. Of
+        // a list whose length it knows, the compiler would make three places.
+        for times in std::hint::black_box(vec![warmup, repeat / 2, repeat - repeat / 2]) {
+            run(&statement, times);
+            books.push(Books::now());
+        }
         // SAFETY: as above.
         unsafe { pg_sys::SPI_finish() };
-        (start, middle, end)
-    };
+    }
+    let [start, middle, end] = &books[..] else { unreachable!() };
 
     // Contexts that multiply are one finding, with everything in them.
     let many: Vec<(String, Held)> = (end.contexts.iter())
         .filter_map(|(path, held)| {
             let at = |books: &Books| books.contexts.get(path).copied().unwrap_or_default();
             let number = |books| Held { bytes: at(books).count, count: 0 };
-            kept(number(&start), number(&middle), number(&end))?;
-            let before = at(&start);
+            kept(number(start), number(middle), number(end))?;
+            let before = at(start);
             let grown = Held { bytes: held.bytes - before.bytes, count: held.count - before.count };
             Some((share.path_name(*path), grown))
         })
@@ -132,7 +142,7 @@ fn check(function: &str, statement: &str, repeat: i32, warmup: i32) -> Vec<Findi
     let mut inside: HashMap<String, (Held, Vec<Vec<Frame>>)> = HashMap::new();
     for (&id, &held) in &end.sites {
         let at = |books: &Books| books.sites.get(&id).copied().unwrap_or_default();
-        let Some(kept) = kept(at(&start), at(&middle), held) else { continue };
+        let Some(kept) = kept(at(start), at(middle), held) else { continue };
         let Some(site) = share.sites.rows[id as usize].copy() else { continue };
         let path = share.path_name(site.path);
         let (frames, at) = culprit(&mut symbols, site.stack);
@@ -150,10 +160,13 @@ fn check(function: &str, statement: &str, repeat: i32, warmup: i32) -> Vec<Findi
             location: super::leaks::location(&frames, at),
             context: path,
             kept,
-            stack: frames.iter().map(Frame::describe).collect(),
+            stack: stack(&frames),
         });
     }
     for (path, grown) in many.iter().filter(|(path, _)| outermost(path).is_some_and(|(top, _)| top == path)) {
+        if verdict::caches::ends_with_transaction(path, &[]) {
+            continue;
+        }
         let (kept, stacks) = inside.remove(path).unwrap_or((*grown, Vec::new()));
         let (frames, at) = super::gather::common(stacks);
         findings.push(Finding {
@@ -161,7 +174,7 @@ fn check(function: &str, statement: &str, repeat: i32, warmup: i32) -> Vec<Findi
             location: super::leaks::location(&frames, at),
             context: path.clone(),
             kept,
-            stack: frames.iter().map(Frame::describe).collect(),
+            stack: stack(&frames),
         });
     }
     drop(symbols);
@@ -210,12 +223,8 @@ fn rheap_assert_no_leaks(statement: &str, repeat: default!(i32, 100), warmup: de
         .iter()
         .map(|f| {
             format!(
-                "{} in {} allocations kept by {repeat} calls: {} at {} in {}",
-                bytes(f.kept.bytes as u64),
-                f.kept.count,
-                f.function,
-                f.location,
-                f.context
+                "{} at {} in {}: {} bytes in {} allocations kept by {repeat} calls",
+                f.function, f.location, f.context, f.kept.bytes, f.kept.count
             )
         })
         .collect();

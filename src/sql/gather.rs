@@ -1,12 +1,14 @@
 //! Call sites of one process or of all, folded by backend type, context path and call stack.
 
 use std::collections::HashMap;
+use std::collections::hash_map::Entry;
 use std::sync::atomic::Ordering::*;
 
 use crate::ledger::account::SiteCopy;
+use crate::share::Share;
 use crate::symbols::helpers::is_helper;
 use crate::symbols::{Frame, Symbols};
-use crate::verdict::{Judgement, Verdict, judge_site};
+use crate::verdict::{Judgement, Verdict, judge_contexts};
 
 /// One row of `rheap_leaks` and `rheap_call_sites`, before names.
 pub struct Gathered {
@@ -16,13 +18,32 @@ pub struct Gathered {
     pub path: String,
     pub processes: i32,
     pub pid: i32,
+    /// More than one where rows were folded.
+    pub stacks: Vec<u32>,
     /// Live bytes of the process that holds most.
     most: u64,
 }
 
 impl Gathered {
+    /// The worst first.
+    pub fn cmp(&self, other: &Self) -> std::cmp::Ordering {
+        let (ours, theirs) = (self.rank(), other.rank());
+        theirs
+            .partial_cmp(&ours)
+            .unwrap_or(std::cmp::Ordering::Equal)
+            .then(other.copy.live_bytes.cmp(&self.copy.live_bytes))
+    }
+
     fn rank(&self) -> (Verdict, f64) {
         (self.judgement.verdict, self.judgement.confidence * self.copy.live_bytes as f64)
+    }
+
+    /// Takes in what another site of the same leak holds in the same processes.
+    pub fn absorb(&mut self, other: Gathered) {
+        let processes = self.processes.max(other.processes);
+        self.stacks.extend(other.stacks);
+        self.merge(other.judgement, other.copy, other.pid);
+        self.processes = processes;
     }
 
     fn merge(&mut self, judgement: Judgement, copy: SiteCopy, pid: i32) {
@@ -51,8 +72,93 @@ impl Gathered {
     }
 }
 
+/// What of one process is one row: a call site, or all that the contexts of a kind that multiplies hold.
+struct Group {
+    copy: SiteCopy,
+    contexts: u32,
+    stacks: Vec<u32>,
+}
+
+impl From<SiteCopy> for Group {
+    fn from(copy: SiteCopy) -> Self {
+        Group { stacks: vec![copy.stack], contexts: 0, copy }
+    }
+}
+
+/// Which call sites of a process make one row.
+#[derive(Clone, Copy, PartialEq)]
+pub enum Fold {
+    Nothing,
+    /// Those that allocate in contexts that multiply, since the leak is one of contexts.
+    Contexts,
+}
+
+/// So many contexts of one path are many.
+const MANY: u32 = 32;
+
+/// Into so many sites a loop may have been unrolled.
+const UNROLLED: u64 = 16;
+
+/// Sums up the sites that allocate in contexts that multiply, under the outermost path that does. A site belongs to
+/// them if it has chunks in a good part of them (a loop that was unrolled makes several sites of one): what leaks within
+/// a few of many contexts is a leak of its own.
+fn multiplied(share: &Share, slot: u32, sites: Vec<SiteCopy>) -> Vec<Group> {
+    let many: HashMap<u32, u32> = (share.rows.owned(slot))
+        .flat_map(|chunk| share.rows.rows_of(chunk).filter_map(|(_, row)| row.copy()))
+        .filter(|row| row.seen.contexts >= MANY)
+        .map(|row| (row.path, row.seen.contexts))
+        .collect();
+    let mut groups: Vec<Group> = Vec::new();
+    let mut of_path: HashMap<u32, usize> = HashMap::new();
+    for copy in sites {
+        let mut outermost = None;
+        let mut path = copy.path;
+        while path != 0 {
+            if let Some(&contexts) = many.get(&path)
+                && copy.live_count * UNROLLED >= contexts as u64
+            {
+                outermost = Some((path, contexts));
+            }
+            path = share.parent(path);
+        }
+        let Some((path, contexts)) = outermost else {
+            groups.push(copy.into());
+            continue;
+        };
+        match of_path.get(&path) {
+            Some(&known) => groups[known].join(copy),
+            None => {
+                of_path.insert(path, groups.len());
+                groups.push(Group { stacks: vec![copy.stack], contexts, copy: SiteCopy { path, ..copy } });
+            }
+        }
+    }
+    groups
+}
+
+impl Group {
+    /// The ages are those of the site that has most generations: they are all of the same contexts.
+    fn join(&mut self, other: SiteCopy) {
+        let generations = |copy: &SiteCopy| copy.bins.iter().map(|bin| bin.1).sum::<u32>();
+        self.stacks.push(other.stack);
+        let all = &mut self.copy;
+        let sum = SiteCopy {
+            path: all.path,
+            exact: all.exact && other.exact,
+            alloc_count: all.alloc_count + other.alloc_count,
+            alloc_bytes: all.alloc_bytes + other.alloc_bytes,
+            live_count: all.live_count + other.live_count,
+            live_bytes: all.live_bytes + other.live_bytes,
+            first_seen: all.first_seen.min(other.first_seen),
+            history: std::array::from_fn(|i| all.history[i] + other.history[i]),
+            ..if generations(&other) > generations(all) { other } else { all.clone() }
+        };
+        *all = sum;
+    }
+}
+
 /// Worst first.
-pub fn gather(function: &str, pid: Option<i32>, wanted: impl Fn(Verdict) -> bool) -> Vec<Gathered> {
+pub fn gather(function: &str, pid: Option<i32>, fold: Fold, wanted: impl Fn(Verdict) -> bool) -> Vec<Gathered> {
     let (share, slots) = super::slots(function, pid);
     let mut folded: HashMap<(String, u32, u32), Gathered> = HashMap::new();
     for (index, slot) in slots {
@@ -60,40 +166,49 @@ pub fn gather(function: &str, pid: Option<i32>, wanted: impl Fn(Verdict) -> bool
             continue;
         }
         let (pid, backend_type) = (slot.pid.load(Acquire), super::backend_type(slot));
-        for chunk in share.sites.owned(index) {
-            for (_, site) in share.sites.rows_of(chunk) {
-                let Some(copy) = site.copy() else { continue };
-                let judgement = judge_site(&share, slot, &copy);
-                match folded.entry((backend_type.clone(), copy.path, copy.stack)) {
-                    std::collections::hash_map::Entry::Occupied(mut known) => {
-                        known.get_mut().merge(judgement, copy, pid)
-                    }
-                    std::collections::hash_map::Entry::Vacant(free) => {
-                        free.insert(Gathered {
-                            judgement,
-                            backend_type: backend_type.clone(),
-                            path: share.path_name(copy.path),
-                            processes: (copy.live_count > 0) as i32,
-                            pid,
-                            most: copy.live_bytes,
-                            copy,
-                        });
-                    }
+        let sites: Vec<SiteCopy> = (share.sites.owned(index))
+            .flat_map(|chunk| share.sites.rows_of(chunk).filter_map(|(_, site)| site.copy()))
+            .collect();
+        let groups = match fold {
+            Fold::Nothing => sites.into_iter().map(Group::from).collect(),
+            Fold::Contexts => multiplied(&share, index, sites),
+        };
+        for Group { copy, contexts, stacks } in groups {
+            let judgement = judge_contexts(&share, slot, &copy, contexts);
+            let key = (backend_type.clone(), copy.path, if contexts == 0 { copy.stack } else { 0 });
+            match folded.entry(key) {
+                Entry::Occupied(mut known) => known.get_mut().merge(judgement, copy, pid),
+                Entry::Vacant(free) => {
+                    free.insert(Gathered {
+                        judgement,
+                        backend_type: backend_type.clone(),
+                        path: share.path_name(copy.path),
+                        processes: (copy.live_count > 0) as i32,
+                        pid,
+                        stacks,
+                        most: copy.live_bytes,
+                        copy,
+                    });
                 }
             }
         }
     }
     let mut rows: Vec<Gathered> = folded.into_values().filter(|g| wanted(g.judgement.verdict)).collect();
-    rows.sort_by(|a, b| {
-        b.rank()
-            .partial_cmp(&a.rank())
-            .unwrap_or(std::cmp::Ordering::Equal)
-            .then(b.copy.live_bytes.cmp(&a.copy.live_bytes))
-    });
+    rows.sort_by(Gathered::cmp);
     rows
 }
 
-/// The frames of a row's stack, and which of them is the culprit: the innermost that does not only allocate for
+impl Gathered {
+    /// The frames of the row, and the index of the culprit among them.
+    pub fn frames(&self, symbols: &mut Symbols) -> (Vec<Frame>, usize) {
+        match &self.stacks[..] {
+            [stack] => culprit(symbols, *stack),
+            stacks => common(stacks.iter().map(|&stack| symbols.stack(stack)).collect()),
+        }
+    }
+}
+
+/// The frames of a stack, and which of them is the culprit: the innermost that does not only allocate for
 /// its caller.
 pub fn culprit(symbols: &mut Symbols, stack: u32) -> (Vec<Frame>, usize) {
     let frames = symbols.stack(stack);
@@ -101,20 +216,33 @@ pub fn culprit(symbols: &mut Symbols, stack: u32) -> (Vec<Frame>, usize) {
     (frames, index)
 }
 
-fn innermost(frames: &[Frame]) -> usize {
-    frames.iter().position(|f| !f.function.as_deref().is_some_and(is_helper)).unwrap_or(0)
+/// Functions without a name that a helper has called are its own, on stripped servers: so many at most.
+const NAMELESS: usize = 3;
+
+/// The index of the culprit.
+pub fn innermost(frames: &[Frame]) -> usize {
+    let helps = |f: &Frame| f.function.as_deref().is_some_and(is_helper);
+    let mut at = 0;
+    loop {
+        let nameless = frames[at..].iter().take_while(|f| f.function.is_none()).take(NAMELESS).count();
+        match frames.get(at + nameless) {
+            Some(frame) if helps(frame) => at += nameless + 1,
+            Some(_) => return at,
+            // Helpers all the way: the one that allocates says most.
+            None => return 0,
+        }
+    }
 }
 
 /// The frames that stacks have in common, from `main` on, and the culprit among them: who made the contexts that
 /// these stacks allocate in. Of a function that allocates at several of its lines, one line is shown.
 pub fn common(stacks: Vec<Vec<Frame>>) -> (Vec<Frame>, usize) {
+    let same = |a: &Frame, b: &Frame| a == b || (a.function.is_some() && a.function == b.function);
     let mut stacks = stacks.into_iter();
     let mut shared: Vec<Frame> = stacks.next().unwrap_or_default();
     for other in stacks {
-        let same = shared.iter().rev().zip(other.iter().rev()).take_while(|(a, b)| a == b).count();
-        let function = |frames: &[Frame]| frames.iter().rev().nth(same).and_then(|f| f.function.clone());
-        let split = function(&shared).is_some() && function(&shared) == function(&other);
-        shared.drain(..shared.len() - same - split as usize);
+        let common = shared.iter().rev().zip(other.iter().rev()).take_while(|(a, b)| same(a, b)).count();
+        shared.drain(..shared.len() - common);
     }
     let index = innermost(&shared);
     (shared, index)

@@ -1,9 +1,12 @@
 //! `rheap_leaks` and `rheap_call_sites`.
 
+use std::collections::HashMap;
+use std::collections::hash_map::Entry;
+
 use pgrx::datum::TimestampWithTimeZone;
 use pgrx::prelude::*;
 
-use super::gather::{Gathered, culprit, gather};
+use super::gather::{Fold, Gathered, gather};
 use crate::symbols::{Frame, Symbols};
 use crate::verdict::Verdict;
 
@@ -34,8 +37,7 @@ fn rheap_leaks(
         name!(stack, Vec<String>),
     ),
 > {
-    let rows = gather("rheap_leaks", pid, |verdict| verdict >= Verdict::Suspect);
-    TableIterator::new(named(rows).map(|(g, frames, at, query_id)| {
+    TableIterator::new(leaks("rheap_leaks", pid).into_iter().map(|(g, frames, at, query_id)| {
         (
             g.judgement.verdict.name().into(),
             g.judgement.confidence,
@@ -90,8 +92,8 @@ fn rheap_call_sites(
         name!(exact, bool),
     ),
 > {
-    let rows = gather("rheap_call_sites", pid, |_| true);
-    TableIterator::new(named(rows).map(|(g, frames, at, query_id)| {
+    let rows = gather("rheap_call_sites", pid, Fold::Nothing, |_| true);
+    TableIterator::new(named(rows).into_iter().map(|(g, frames, at, query_id)| {
         (
             g.judgement.verdict.name().into(),
             g.judgement.confidence,
@@ -119,22 +121,51 @@ fn rheap_call_sites(
     }))
 }
 
-/// Adds frames, the culprit's index and the query id where the caller may see it. The memory for symbols is given
-/// back before the first row is returned.
-fn named(rows: Vec<Gathered>) -> impl Iterator<Item = (Gathered, Vec<Frame>, usize, Option<i64>)> {
+/// A row with its frames, the culprit's index among them, and the query id where the caller may see it.
+pub type Named = (Gathered, Vec<Frame>, usize, Option<i64>);
+
+/// Leaks and suspects that nobody has suppressed, worst first. Sites of one leak that differ in the depth of a recursion
+/// or in their place in a loop that was unrolled are one row: their functions are the same, and the culprit's line.
+pub fn leaks(function: &str, pid: Option<i32>) -> Vec<Named> {
+    let rows = gather(function, pid, Fold::Contexts, |verdict| verdict >= Verdict::Suspect);
+    let mut folded: Vec<Named> = Vec::new();
+    let mut known: HashMap<(String, u32, String, Vec<String>), usize> = HashMap::new();
+    for row in named(rows) {
+        let (gathered, frames, at, _) = &row;
+        if gathered.judgement.verdict < Verdict::Suspect {
+            continue;
+        }
+        let mut functions: Vec<String> = frames.iter().map(|f| f.name().to_string()).collect();
+        functions.dedup();
+        let key = (gathered.backend_type.clone(), gathered.copy.path, location(frames, *at), functions);
+        match known.entry(key) {
+            Entry::Vacant(free) => {
+                free.insert(folded.len());
+                folded.push(row);
+            }
+            Entry::Occupied(first) => folded[*first.get()].0.absorb(row.0),
+        }
+    }
+    folded.sort_by(|a, b| a.0.cmp(&b.0));
+    folded
+}
+
+/// The memory for symbols is given back before the first row is returned.
+fn named(rows: Vec<Gathered>) -> Vec<Named> {
     let share = super::share();
     let mut symbols = Symbols::new(&share);
     let all_stats = super::reads_all_stats();
-    let named: Vec<_> = rows
-        .into_iter()
-        .map(|g| {
-            let (frames, at) = culprit(&mut symbols, g.copy.stack);
+    let suppressions = super::suppress::all();
+    rows.into_iter()
+        .map(|mut g| {
+            let (frames, at) = g.frames(&mut symbols);
             let query_id = Some(g.copy.query_id).filter(|&id| id != 0 && all_stats);
+            if let Some(found) = suppressions.iter().find(|s| s.covers(&g.path, &frames)) {
+                g.judgement = found.judgement(g.judgement);
+            }
             (g, frames, at, query_id)
         })
-        .collect();
-    drop(symbols);
-    named.into_iter()
+        .collect()
 }
 
 pub fn name(frames: &[Frame], at: usize) -> String {

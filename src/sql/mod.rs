@@ -2,6 +2,7 @@
 
 mod check;
 mod contexts;
+mod ended;
 mod exports;
 mod gather;
 mod install;
@@ -11,6 +12,7 @@ mod model;
 mod processes;
 mod reset;
 mod snapshots;
+mod suppress;
 mod track;
 
 use core::ffi::CStr;
@@ -104,6 +106,15 @@ fn reads_all_stats() -> bool {
 
 /// `pg_read_all_stats` in pg_authid.dat.
 const ROLE_PG_READ_ALL_STATS: u32 = 3375;
+
+/// The type of a process that is no more.
+fn backend_type_name(kind: i32) -> String {
+    if kind == POSTMASTER {
+        return "postmaster".into();
+    }
+    // SAFETY: returns a static string for any number.
+    unsafe { CStr::from_ptr(pg_sys::GetBackendTypeDesc(kind as _)) }.to_string_lossy().into_owned()
+}
 
 fn timestamp(micros: i64) -> Option<TimestampWithTimeZone> {
     if micros == 0 { None } else { TimestampWithTimeZone::try_from(micros).ok() }

@@ -148,6 +148,7 @@ impl Stacks {
             *word =
                 unwinder.modules.locate(address, &share.modules).map_or(0, |(module, offset)| frame(module, offset));
         }
+        frames = collapse(&mut words[..frames.min(MAX_FRAMES)]);
         if self.trace.cut {
             frames = frames.min(MAX_FRAMES - 1);
             words[frames] = CUT;
@@ -159,5 +160,43 @@ impl Stacks {
             self.known.insert(Known { hash, stack, chain: 0 }, budget);
         }
         stack
+    }
+}
+
+/// The longest chain of functions calling each other that is recognised as one recursion.
+const LONGEST_CYCLE: usize = 16;
+
+/// Leaves out what repeats at once, so that recursion of any depth is one stack. Returns how many frames remain.
+fn collapse<T: Copy + PartialEq>(frames: &mut [T]) -> usize {
+    let mut kept = 0;
+    for at in 0..frames.len() {
+        frames[kept] = frames[at];
+        kept += 1;
+        let repeats = |&period: &usize| frames[kept - period..kept] == frames[kept - 2 * period..kept - period];
+        if let Some(period) = (1..=LONGEST_CYCLE.min(kept / 2)).find(repeats) {
+            kept -= period;
+        }
+    }
+    kept
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn recursion_of_any_depth_is_one_stack() {
+        let of = |text: &str| {
+            let mut frames = text.as_bytes().to_vec();
+            let kept = collapse(&mut frames);
+            String::from_utf8(frames[..kept].to_vec()).unwrap()
+        };
+        assert_eq!(of("abcd"), "abcd");
+        assert_eq!(of("abbbbbcd"), "abcd");
+        assert_eq!(of("xabcabcabcd"), "xabcd");
+        assert_eq!(of("xabab"), "xab");
+        assert_eq!(of("aabbaabb"), "ab");
+        let longer = "abcdefghijklmnopq".repeat(2);
+        assert_eq!(of(&longer), longer, "longer than a recursion that is recognised");
     }
 }

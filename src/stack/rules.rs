@@ -55,7 +55,13 @@ fn sections(module: &Module) -> Option<Sections> {
         return None;
     }
     let bases = BaseAddresses::default().set_eh_frame_hdr(module.eh_frame_hdr).set_text(module.start);
-    let header = EhFrameHdr::from(memory(module.eh_frame_hdr, module.eh_end)).parse(&bases, 8).ok()?;
+    let bytes = memory(module.eh_frame_hdr, module.eh_end);
+    // What every linker writes: a count of four bytes, entries of four bytes each way, from the header on. gimli
+    // multiplies without a check what others may claim.
+    if !matches!(bytes.slice(), [1, _, 0x03, 0x3b, ..]) {
+        return None;
+    }
+    let header = EhFrameHdr::from(bytes).parse(&bases, 8).ok()?;
     let gimli::Pointer::Direct(frames) = header.eh_frame_ptr() else { return None };
     // Where .eh_frame lies in the same segment as its header, its end is the segment's.
     if frames < module.eh_frame_hdr || frames >= module.eh_end {
@@ -76,12 +82,27 @@ fn read(module: &Module, return_address: u64) -> Option<Rule> {
     let mut context = UnwindContext::<usize, OnStack>::new_in();
     // The return address may be the first of the next function; the call lies before it.
     let address = return_address - 1;
-    let fde = table.fde_for_address(&frames, &bases, address, EhFrame::cie_from_offset).ok()?;
-    if fde.is_signal_trampoline() {
+    let fde = fde_at(&table, &frames, &bases, table.lookup(address, &bases).ok()?)?;
+    if !fde.contains(address) || fde.is_signal_trampoline() {
         return None;
     }
     let row = fde.unwind_info_for_address(&frames, &bases, &mut context, address).ok()?;
     rule_of(row)
+}
+
+/// The description that an entry of the table points to. gimli does not expect one before the first of them.
+fn fde_at(
+    table: &EhHdrTable<'_, Slice>,
+    frames: &EhFrame<Slice>,
+    bases: &BaseAddresses,
+    pointer: gimli::Pointer,
+) -> Option<FrameDescriptionEntry<Slice>> {
+    let gimli::Pointer::Direct(address) = pointer else { return None };
+    if address < bases.eh_frame.section? {
+        return None;
+    }
+    let offset = table.pointer_to_offset(pointer).ok()?;
+    frames.fde_from_offset(bases, offset, EhFrame::cie_from_offset).ok()
 }
 
 fn rule_of(row: &UnwindTableRow<usize, OnStack>) -> Option<Rule> {
@@ -109,7 +130,9 @@ fn rule_of(row: &UnwindTableRow<usize, OnStack>) -> Option<Rule> {
 /// Start and end of the function, or the part of it, that an address lies in.
 pub fn function(module: &Module, address: u64) -> Option<(u64, u64)> {
     let Sections { header, frames, bases } = sections(module)?;
-    let fde = header.table()?.fde_for_address(&frames, &bases, address, EhFrame::cie_from_offset).ok()?;
+    let table = header.table()?;
+    let fde = fde_at(&table, &frames, &bases, table.lookup(address, &bases).ok()?)?;
+    fde.contains(address).then_some(())?;
     Some((fde.initial_address(), fde.end_address()))
 }
 
@@ -128,8 +151,7 @@ pub fn keeps_frame_pointers(module: &Module) -> bool {
     let mut iterator = table.iter(&bases);
     for _ in 0..PROBES.min(count) {
         let Ok(Some((_, pointer))) = iterator.nth((count / PROBES).saturating_sub(1)) else { break };
-        let Ok(offset) = table.pointer_to_offset(pointer) else { return false };
-        let Ok(fde) = frames.fde_from_offset(&bases, offset, EhFrame::cie_from_offset) else { continue };
+        let Some(fde) = fde_at(&table, &frames, &bases, pointer) else { continue };
         match frame_kind(&fde, &frames, &bases, &mut context) {
             Some(true) => with += 1,
             Some(false) => without += 1,

@@ -206,11 +206,7 @@ impl Unwinder {
 fn stack_ends() -> Option<(u64, u64)> {
     let maps = std::fs::read_to_string("/proc/self/maps").ok()?;
     let here = &raw const maps as u64;
-    let top = maps.lines().find_map(|line| {
-        let (start, end) = line.split(' ').next()?.split_once('-')?;
-        let (start, end) = (u64::from_str_radix(start, 16).ok()?, u64::from_str_radix(end, 16).ok()?);
-        (start..end).contains(&here).then_some(end)
-    })?;
+    let top = crate::proc_maps::parse(&maps).find(|m| (m.start..m.end).contains(&here))?.end;
     let mut limit = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
     // SAFETY: writes to a local.
     unsafe { libc::getrlimit(libc::RLIMIT_STACK, &mut limit) };

@@ -1,7 +1,7 @@
 //! From a return address to functions, files and lines. Only in the process that asks, and nothing of it is kept:
 //! the memory that debug information takes is given back before the caller sees the answer.
 
-mod debug_files;
+pub(crate) mod debug_files;
 pub mod helpers;
 
 use std::collections::HashMap;

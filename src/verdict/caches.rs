@@ -38,6 +38,8 @@ const UNTIL_TRANSACTION_END: &[(&str, &str)] = &[
     ("RelationCreateStorage", "a file to remove if the transaction fails"),
     ("RelationDropStorage", "a file to remove if it does not"),
     ("RelationClearRelation", "row descriptors that somebody may still look at"),
+    ("RelationBuildLocalRelation", "what is known of a relation that was made and dropped"),
+    ("RelationInitIndexAccessInfo", "what is known of an index that was made and dropped"),
     ("RelationDestroyRelation", "row descriptors that somebody may still look at"),
     ("RememberToFreeTupleDescAtEOX", "row descriptors that somebody may still look at"),
     ("ReadBuffer_common", "a pin"),
@@ -49,6 +51,7 @@ const UNTIL_TRANSACTION_END: &[(&str, &str)] = &[
 /// Whether what a stack has allocated is given back when the transaction ends, as its innermost named functions tell.
 pub fn ends_with_transaction(path: &str, frames: &[Frame]) -> bool {
     path == "TopMemoryContext/LOCALLOCK hash"
+        || path == "TopMemoryContext/CacheMemoryContext/index info"
         || frames
             .iter()
             .take(8)

@@ -6,6 +6,7 @@
 
 pub mod caches;
 pub mod proportion;
+pub mod suppression;
 
 use std::sync::atomic::Ordering::*;
 
@@ -55,6 +56,10 @@ pub struct Evidence {
     pub unit: &'static str,
     /// Why growth here is expected at first, from the table of known caches.
     pub known_cache: Option<&'static str>,
+    /// The time of day of the first allocation, as people read it; empty where nobody does.
+    pub since: String,
+    /// So many contexts of one kind hold it; 0: it is not about contexts.
+    pub contexts: u32,
 }
 
 #[derive(Clone, Debug, PartialEq)]
@@ -70,7 +75,12 @@ pub struct Judgement {
 /// Fewer surviving generations than this are a burst, not a habit.
 const HABIT: u32 = 3;
 /// A known cache must outgrow this many generations before it is anything else.
-const CACHE_HABIT: u32 = 64;
+pub const CACHE_HABIT: u32 = 64;
+/// Hash tables allocate for many entries at a time, in chunks of at least this size: fewer generations say as much.
+const BATCH_BYTES: u64 = 4096;
+const BATCH_HABIT: u32 = 12;
+/// Fewer windows than this show no trend.
+const TREND: usize = 4;
 /// A burst that is worth a look: this many bytes in this many chunks.
 const BURST_BYTES: u64 = 1 << 20;
 const BURST_COUNT: u64 = 1000;
@@ -102,12 +112,24 @@ pub fn judge(e: &Evidence) -> Judgement {
             format!("holds {}, less than rheap.min_leak_bytes; {fate}", bytes(e.live_bytes)),
         );
     }
+    let batches = e.live_bytes / e.live_count >= BATCH_BYTES;
     if let Some(why) = e.known_cache
-        && generations < CACHE_HABIT
+        && generations < if batches { BATCH_HABIT } else { CACHE_HABIT }
     {
         return done(Verdict::Cache, 0.05, format!("{why}; {fate}; {ages}"));
     }
     if generations < HABIT {
+        if let Some(windows) = trend(e)
+            && freed > 0
+        {
+            let confidence = 1.0 - (-(windows as f64) / 3.0).exp();
+            let rate = bytes(growth_bytes_per_s.max(0.0) as u64);
+            return done(
+                Verdict::Leak,
+                confidence.min(0.99),
+                format!("made larger again and again: more in {windows} windows, {rate} per second{}", e.since()),
+            );
+        }
         let settled = e.epoch.saturating_sub(e.last_epoch);
         return if e.live_bytes >= BURST_BYTES && e.live_count >= BURST_COUNT && freed * 10 < e.alloc_count {
             done(
@@ -145,14 +167,30 @@ pub fn judge(e: &Evidence) -> Judgement {
     // Three generations of a site that frees nothing are worth as much as a dozen of one that frees most.
     let weight = generations as f64 * pace_kept * (0.25 + 0.75 * kept);
     let confidence = 1.0 - (-weight / 3.0).exp();
-    let rate = if growth_bytes_per_s > 0.0 {
-        format!(", {} per second", bytes(growth_bytes_per_s as u64))
-    } else {
-        String::new()
-    };
-    let per_unit = e.live_bytes / span(e).max(1);
-    let reason = format!("grows by {} for each of {} {}{rate}; {fate}; {ages}", bytes(per_unit), span(e), e.unit);
+    let windows = e.series.len();
+    let held = e.series.iter().filter(|&&(_, bytes)| bytes > 0).count();
+    let held = if windows > 1 { format!("held in {held} of the last {windows} windows, ") } else { String::new() };
+    let many = if e.contexts > 0 { format!("{} contexts of one kind, ", e.contexts) } else { String::new() };
+    let per_unit = bytes(e.live_bytes / span(e).max(1));
+    let unit = e.unit.split(' ').next().unwrap_or_default().trim_end_matches('s');
+    let reason = format!("{many}{held}{fate}, {per_unit} per {unit}, {ages}{}", e.since());
     done(if confidence >= 0.5 { Verdict::Leak } else { Verdict::Suspect }, confidence.min(0.99), reason)
+}
+
+impl Evidence {
+    fn since(&self) -> String {
+        if self.since.is_empty() { String::new() } else { format!(", since {}", self.since) }
+    }
+}
+
+/// In how many windows there was more than in the one before, if that is nearly all of them, and the later ones add
+/// about as much as the earlier: what a buffer that doubles, or grows to the largest message, does not do.
+fn trend(e: &Evidence) -> Option<usize> {
+    let steps: Vec<i64> = e.series.windows(2).map(|w| w[1].1 as i64 - w[0].1 as i64).collect();
+    let grown = steps.iter().filter(|&&step| step > 0).count();
+    let (earlier, later) = steps.split_at(steps.len() / 2);
+    let keeps_pace = 2 * later.iter().sum::<i64>() >= earlier.iter().sum::<i64>();
+    (grown >= TREND && grown * 4 >= steps.len() * 3 && keeps_pace).then_some(grown)
 }
 
 /// Epochs from the first allocation to now.
@@ -204,6 +242,11 @@ pub fn bytes(n: u64) -> String {
 
 /// Gathers the evidence of a call site from the shared tables and judges it.
 pub fn judge_site(share: &Share, slot: &Slot, copy: &SiteCopy) -> Judgement {
+    judge_contexts(share, slot, copy, 0)
+}
+
+/// The same for all that so many contexts of one kind hold, summed up in one account.
+pub fn judge_contexts(share: &Share, slot: &Slot, copy: &SiteCopy, contexts: u32) -> Judgement {
     let walks = slot.walks.load(Acquire) as usize;
     let mut series: Vec<(i64, u64)> = (walks.saturating_sub(HISTORY - 1) + 1..=walks)
         .map(|w| (slot.walk_times[w % HISTORY].load(Relaxed), copy.history[w % HISTORY]))
@@ -228,6 +271,8 @@ pub fn judge_site(share: &Share, slot: &Slot, copy: &SiteCopy) -> Judgement {
         min_leak_bytes: crate::settings::min_leak_bytes(),
         unit: slot.work_unit(),
         known_cache: caches::known(&path),
+        since: crate::pg_compat::time_of_day(copy.first_seen),
+        contexts,
     })
 }
 

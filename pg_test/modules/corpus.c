@@ -1,0 +1,566 @@
+/*
+ * Code that leaks, and code that only looks like it, for the corpus that verdicts are measured on: see ../corpus.py.
+ *
+ * Each SQL function does one unit of work and returns how many bytes of it are never given back. What leaks is
+ * allocated in a function of the same name with `_site` at its end.
+ */
+#include "postgres.h"
+
+#include <pthread.h>
+#include <unistd.h>
+
+#include "access/parallel.h"
+#include "access/xact.h"
+#include "fmgr.h"
+#include "miscadmin.h"
+#include "nodes/pg_list.h"
+#include "postmaster/bgworker.h"
+#include "replication/logical.h"
+#include "replication/output_plugin.h"
+#include "storage/ipc.h"
+#include "storage/latch.h"
+#include "utils/elog.h"
+#include "utils/hsearch.h"
+#include "utils/memutils.h"
+#include "utils/wait_event.h"
+
+PG_MODULE_MAGIC;
+
+void		_PG_init(void);
+void		_PG_output_plugin_init(OutputPluginCallbacks *callbacks);
+PGDLLEXPORT void corpus_worker_main(Datum argument);
+
+/* Allocates, and touches what it got, so that no compiler leaves the call out. */
+#define TAKE(context, size) touched(MemoryContextAlloc((context), (size)))
+#define KEEPS_FRAME() pg_compiler_barrier()
+
+static inline void *
+touched(void *chunk)
+{
+	*(volatile char *) chunk = 42;
+	return chunk;
+}
+
+#define SCENARIO(name) \
+	PG_FUNCTION_INFO_V1(corpus_##name); \
+	Datum corpus_##name(PG_FUNCTION_ARGS)
+
+/* A place that allocates size bytes in a context. */
+#define SITE(name) \
+	static pg_noinline void *name##_site(MemoryContext context, Size size) \
+	{ \
+		void	   *chunk = TAKE(context, size); \
+		KEEPS_FRAME(); \
+		return chunk; \
+	}
+
+static uint32
+next_random(void)
+{
+	static uint64 state = 0x9E3779B97F4A7C15;
+
+	state ^= state << 13;
+	state ^= state >> 7;
+	state ^= state << 17;
+	return (uint32) (state >> 32);
+}
+
+/* ---- leaks ---- */
+
+SITE(small)
+SCENARIO(small)
+{
+	for (int i = 0; i < 20; i++)
+		small_site(TopMemoryContext, 120);
+	PG_RETURN_INT64(20 * 120);
+}
+
+SITE(rare)
+SCENARIO(rare)
+{
+	for (int i = 0; i < 500; i++)
+	{
+		void	   *chunk = rare_site(TopMemoryContext, 240);
+
+		if (i % 50 != 0)
+			pfree(chunk);
+	}
+	PG_RETURN_INT64(10 * 240);
+}
+
+SITE(large)
+SCENARIO(large)
+{
+	large_site(TopMemoryContext, 20000);
+	PG_RETURN_INT64(20000);
+}
+
+SITE(variable)
+SCENARIO(variable)
+{
+	int64		bytes = 0;
+
+	for (int i = 0; i < 10; i++)
+	{
+		Size		size = 8 + next_random() % 1000;
+
+		variable_site(TopMemoryContext, size);
+		bytes += size;
+	}
+	PG_RETURN_INT64(bytes);
+}
+
+SITE(cache)
+SCENARIO(cache)
+{
+	for (int i = 0; i < 20; i++)
+		cache_site(CacheMemoryContext, 200);
+	PG_RETURN_INT64(20 * 200);
+}
+
+SITE(child)
+SCENARIO(child)
+{
+	static MemoryContext child = NULL;
+
+	if (child == NULL)
+		child = AllocSetContextCreate(CacheMemoryContext, "corpus child", ALLOCSET_DEFAULT_SIZES);
+	for (int i = 0; i < 30; i++)
+		child_site(child, 100);
+	PG_RETURN_INT64(30 * 100);
+}
+
+/* A context for each call that nobody deletes. */
+static pg_noinline void
+contexts_site(int size)
+{
+	MemoryContext context = AllocSetContextCreate(TopMemoryContext, "corpus session", ALLOCSET_SMALL_SIZES);
+
+	TAKE(context, size);
+	TAKE(context, 2 * size);
+	KEEPS_FRAME();
+}
+
+SCENARIO(contexts)
+{
+	for (int i = 0; i < 5; i++)
+		contexts_site(200);
+	PG_RETURN_INT64(5 * 600);
+}
+
+/* Built where it would go away with the query, then given to a parent that stays. */
+static pg_noinline void
+reparented_site(int size)
+{
+	MemoryContext context = AllocSetContextCreate(CurrentMemoryContext, "corpus plan", ALLOCSET_SMALL_SIZES);
+
+	TAKE(context, size);
+	TAKE(context, size);
+	MemoryContextSetParent(context, CacheMemoryContext);
+	KEEPS_FRAME();
+}
+
+SCENARIO(reparented)
+{
+	for (int i = 0; i < 5; i++)
+		reparented_site(300);
+	PG_RETURN_INT64(5 * 600);
+}
+
+/* A hash table that only gets keys. Its bytes are the server's business: only that it grows is known. */
+static pg_noinline void
+hash_site(HTAB *table, int *key)
+{
+	hash_search(table, key, HASH_ENTER, NULL);
+	KEEPS_FRAME();
+}
+
+SCENARIO(hash)
+{
+	static HTAB *table = NULL;
+	static int	key = 0;
+
+	if (table == NULL)
+	{
+		HASHCTL		control = {.keysize = sizeof(int), .entrysize = 128, .hcxt = TopMemoryContext};
+
+		table = hash_create("corpus keys", 64, &control, HASH_ELEM | HASH_BLOBS | HASH_CONTEXT);
+	}
+	for (int i = 0; i < 20; i++, key++)
+		hash_site(table, &key);
+	PG_RETURN_NULL();
+}
+
+static pg_noinline void *
+array_site(void *array, Size size)
+{
+	array = array ? repalloc(array, size) : MemoryContextAlloc(TopMemoryContext, size);
+	KEEPS_FRAME();
+	return touched(array);
+}
+
+SCENARIO(array)
+{
+	static void *array = NULL;
+	static Size size = 0;
+
+	size += 3000;
+	array = array_site(array, size);
+	PG_RETURN_INT64(3000);
+}
+
+static pg_noinline List *
+list_site(List *list)
+{
+	MemoryContext before = MemoryContextSwitchTo(TopMemoryContext);
+
+	list = lappend(list, psprintf("%0120d", 42));
+	MemoryContextSwitchTo(before);
+	KEEPS_FRAME();
+	return list;
+}
+
+SCENARIO(list)
+{
+	static List *list = NIL;
+
+	for (int i = 0; i < 20; i++)
+		list = list_site(list);
+	PG_RETURN_NULL();
+}
+
+SITE(generation)
+SCENARIO(generation)
+{
+	static MemoryContext context = NULL;
+
+	if (context == NULL)
+		context = GenerationContextCreate(TopMemoryContext, "corpus generation", ALLOCSET_DEFAULT_SIZES);
+	for (int i = 0; i < 10; i++)
+		generation_site(context, 300);
+	PG_RETURN_INT64(10 * 300);
+}
+
+SITE(slab)
+SCENARIO(slab)
+{
+	static MemoryContext context = NULL;
+
+	if (context == NULL)
+		context = SlabContextCreate(TopMemoryContext, "corpus slab", SLAB_DEFAULT_BLOCK_SIZE, 160);
+	for (int i = 0; i < 20; i++)
+		slab_site(context, 160);
+	PG_RETURN_INT64(20 * 160);
+}
+
+#if PG_VERSION_NUM >= 170000
+SITE(bump)
+SCENARIO(bump)
+{
+	static MemoryContext context = NULL;
+
+	if (context == NULL)
+		context = BumpContextCreate(TopMemoryContext, "corpus bump", ALLOCSET_DEFAULT_SIZES);
+	for (int i = 0; i < 20; i++)
+		bump_site(context, 160);
+	PG_RETURN_INT64(20 * 160);
+}
+#endif
+
+/* Two leaks in one context, nine to one. */
+SITE(nine)
+SITE(one)
+SCENARIO(nine)
+{
+	for (int i = 0; i < 36; i++)
+		nine_site(TopMemoryContext, 250);
+	for (int i = 0; i < 4; i++)
+		one_site(TopMemoryContext, 250);
+	PG_RETURN_INT64(36 * 250);
+}
+
+/* One leak that two ways lead to. */
+SITE(shared)
+static pg_noinline void
+first_way(void)
+{
+	shared_site(TopMemoryContext, 100);
+	KEEPS_FRAME();
+}
+
+static pg_noinline void
+second_way(void)
+{
+	shared_site(TopMemoryContext, 100);
+	KEEPS_FRAME();
+}
+
+SCENARIO(shared)
+{
+	for (int i = 0; i < 15; i++)
+	{
+		first_way();
+		second_way();
+	}
+	PG_RETURN_INT64(30 * 100);
+}
+
+/* Sixteen depths of recursion: one leak. */
+static pg_noinline void
+recursion_site(int depth)
+{
+	if (depth == 0)
+		TAKE(TopMemoryContext, 200);
+	else
+		recursion_site(depth - 1);
+	KEEPS_FRAME();
+}
+
+SCENARIO(recursion)
+{
+	for (int i = 0; i < 16; i++)
+		recursion_site(i);
+	PG_RETURN_INT64(16 * 200);
+}
+
+/* Freed in the end, unless there is an error on the way. */
+SITE(error)
+SCENARIO(error)
+{
+	bool		fails = PG_GETARG_INT32(0) % 2 == 0;
+
+	for (int i = 0; i < 10; i++)
+	{
+		void	   *chunk = error_site(TopMemoryContext, 500);
+
+		if (fails && i == 9)
+		{
+			for (int leaked = 0; leaked < 7; leaked++)
+				error_site(TopMemoryContext, 500);
+			ereport(ERROR, errmsg("on the way"));
+		}
+		pfree(chunk);
+	}
+	PG_RETURN_INT64(0);
+}
+
+/* A row that leaks while a parallel worker runs its part of a query. */
+SITE(parallel)
+SCENARIO(parallel)
+{
+	if (IsParallelWorker())
+		parallel_site(TopMemoryContext, 64);
+	pg_usleep(200);
+	PG_RETURN_INT64(0);
+}
+
+/* A background worker without messages. */
+SITE(worker)
+void
+corpus_worker_main(Datum argument)
+{
+	BackgroundWorkerUnblockSignals();
+	for (;;)
+	{
+		worker_site(TopMemoryContext, 2000);
+		(void) WaitLatch(MyLatch, WL_LATCH_SET | WL_TIMEOUT | WL_EXIT_ON_PM_DEATH, 20, PG_WAIT_EXTENSION);
+		ResetLatch(MyLatch);
+		CHECK_FOR_INTERRUPTS();
+	}
+}
+
+/* The postmaster, for each child. */
+SITE(fork)
+static void
+at_fork(void)
+{
+	if (getpid() == PostmasterPid)
+		fork_site(TopMemoryContext, 800);
+}
+
+/* An auxiliary process, for each message that it logs. */
+SITE(checkpointer)
+static emit_log_hook_type earlier_emit_log = NULL;
+static void
+emit_log(ErrorData *edata)
+{
+	if (MyBackendType == B_CHECKPOINTER)
+		checkpointer_site(TopMemoryContext, 9000);
+	if (earlier_emit_log)
+		earlier_emit_log(edata);
+}
+
+/* Logical decoding, for each change. */
+SITE(decoding)
+static void
+decode_startup(LogicalDecodingContext *ctx, OutputPluginOptions *options, bool is_init)
+{
+	options->output_type = OUTPUT_PLUGIN_TEXTUAL_OUTPUT;
+}
+
+static void
+decode_begin(LogicalDecodingContext *ctx, ReorderBufferTXN *txn)
+{
+}
+
+static void
+decode_change(LogicalDecodingContext *ctx, ReorderBufferTXN *txn, Relation relation, ReorderBufferChange *change)
+{
+	decoding_site(TopMemoryContext, 300);
+}
+
+static void
+decode_commit(LogicalDecodingContext *ctx, ReorderBufferTXN *txn, XLogRecPtr at)
+{
+}
+
+void
+_PG_output_plugin_init(OutputPluginCallbacks *callbacks)
+{
+	callbacks->startup_cb = decode_startup;
+	callbacks->begin_cb = decode_begin;
+	callbacks->change_cb = decode_change;
+	callbacks->commit_cb = decode_commit;
+}
+
+void
+_PG_init(void)
+{
+	BackgroundWorker worker = {
+		.bgw_name = "corpus worker",
+		.bgw_type = "corpus worker",
+		.bgw_flags = BGWORKER_SHMEM_ACCESS,
+		.bgw_start_time = BgWorkerStart_RecoveryFinished,
+		.bgw_restart_time = BGW_NEVER_RESTART,
+		.bgw_library_name = "corpus",
+		.bgw_function_name = "corpus_worker_main",
+	};
+
+	if (!process_shared_preload_libraries_in_progress)
+		return;
+	pthread_atfork(at_fork, NULL, NULL);
+	earlier_emit_log = emit_log_hook;
+	emit_log_hook = emit_log;
+	RegisterBackgroundWorker(&worker);
+}
+
+/* ---- what only looks like a leak ---- */
+
+/* Filled by keys that come at random until all are known: a cache that saturates. */
+SCENARIO(saturates)
+{
+	static void *entries[2000];
+
+	for (int i = 0; i < 100; i++)
+	{
+		void	  **entry = &entries[next_random() % lengthof(entries)];
+
+		if (*entry == NULL)
+			*entry = TAKE(TopMemoryContext, 400);
+	}
+	PG_RETURN_INT64(0);
+}
+
+/* Full at once; then each new entry takes the place of a random one. */
+SCENARIO(lru)
+{
+	static void *entries[1000];
+
+	for (int i = 0; i < 60; i++)
+	{
+		void	  **entry = &entries[next_random() % lengthof(entries)];
+
+		if (*entry != NULL)
+			pfree(*entry);
+		*entry = TAKE(TopMemoryContext, 500);
+	}
+	PG_RETURN_INT64(0);
+}
+
+/* Collects, and gives all back from time to time. */
+SCENARIO(sawtooth)
+{
+	static void *chunks[400];
+	static int	used = 0;
+
+	for (int i = 0; i < 20; i++)
+	{
+		if (used == lengthof(chunks))
+			while (used > 0)
+				pfree(chunks[--used]);
+		chunks[used++] = TAKE(TopMemoryContext, 2000);
+	}
+	PG_RETURN_INT64(0);
+}
+
+/* An arena that every hundredth unit of work resets. */
+SCENARIO(arena)
+{
+	static MemoryContext arena = NULL;
+	static int	calls = 0;
+
+	if (arena == NULL)
+		arena = AllocSetContextCreate(TopMemoryContext, "corpus arena", ALLOCSET_DEFAULT_SIZES);
+	for (int i = 0; i < 10; i++)
+	{
+		if (++calls % 100 == 0)
+			MemoryContextReset(arena);
+		TAKE(arena, 8000);
+	}
+	PG_RETURN_INT64(0);
+}
+
+/* Made at the first call, used ever after. */
+SCENARIO(once)
+{
+	static void *table = NULL;
+
+	if (table == NULL)
+	{
+		table = TAKE(TopMemoryContext, 2000000);
+		for (int i = 0; i < 900; i++)
+			TAKE(TopMemoryContext, 1000);
+	}
+	PG_RETURN_INT64(0);
+}
+
+/* A ring buffer: the oldest makes room for the newest. */
+SCENARIO(ring)
+{
+	static void *ring[512];
+	static int	next = 0;
+
+	for (int i = 0; i < 20; i++)
+	{
+		if (ring[next] != NULL)
+			pfree(ring[next]);
+		ring[next] = TAKE(TopMemoryContext, 1000 + next_random() % 1000);
+		next = (next + 1) % lengthof(ring);
+	}
+	PG_RETURN_INT64(0);
+}
+
+/* Frees what the call before has allocated. */
+SCENARIO(behind)
+{
+	static void *last = NULL;
+
+	if (last != NULL)
+		pfree(last);
+	last = TAKE(TopMemoryContext, 500000);
+	PG_RETURN_INT64(0);
+}
+
+/* A buffer that grows to the largest message, and stays. */
+SCENARIO(buffer)
+{
+	static void *buffer = NULL;
+	static Size size = 1024;
+	Size		wanted = 1024 + next_random() % 500000;
+
+	if (buffer == NULL)
+		buffer = TAKE(TopMemoryContext, size);
+	while (size < wanted)
+		buffer = touched(repalloc(buffer, size *= 2));
+	PG_RETURN_INT64(0);
+}

@@ -1,0 +1,105 @@
+//! The last words of a process, and those that others say for one that was killed.
+
+use std::fmt::Write;
+use std::sync::atomic::Ordering::*;
+
+use super::{Process, State, current, precisely_now};
+use crate::ledger::account::Site;
+use crate::settings;
+use crate::share::Share;
+use crate::share::ending::How;
+use crate::verdict::{CACHE_HABIT, caches};
+
+impl Process {
+    /// At exit: what is held by call sites that are no known cache, if it is worth a report, stays on record. Takes no
+    /// memory, of which the process may have died for lack.
+    pub fn keep_what_is_held(&mut self) {
+        let (Some(share), Some(slot)) = (self.share, self.slot()) else { return };
+        // A signal handler may have ended the process in the middle of a hook.
+        if self.state == State::Ready || self.state == State::Alone {
+            self.flush(true);
+        }
+        if slot.reset_pending() || slot.mode.load(Relaxed) == settings::Mode::Off as u32 {
+            return;
+        }
+        let least = settings::min_leak_bytes().max(1);
+        let remarkable = |site: &Site| site.held().live_bytes >= least && !is_cache(&share, site);
+        let mut any = false;
+        self.ledger.each_site(|id| any |= remarkable(&share.sites.rows[id as usize]));
+        if any && let Some(ending) = share.ending_of(self.slot, self.pid, How::Exit, precisely_now(), remarkable) {
+            share.endings.push(&ending);
+        }
+    }
+}
+
+/// Whether what a call site holds is one of the server's caches that has not outgrown its history.
+fn is_cache(share: &Share, site: &Site) -> bool {
+    let mut path = Text::<1024>::new();
+    let _ = share.write_path(site.path(), &mut path);
+    caches::known(path.as_str()).is_some() && site.generations() < CACHE_HABIT
+}
+
+/// Keeps what those held that ended without a word. In the postmaster, and in whoever asks.
+pub fn bury_dead() {
+    // SAFETY: only copied.
+    if let Some(share) = unsafe { current() }.share
+        && share.cluster
+    {
+        share.bury_dead(precisely_now());
+    }
+}
+
+/// The postmaster logs a message, untranslated here. What it has to say of its children's ends comes at the right
+/// moments: of one that was killed before it ends the others, and of the last of them before it starts anew.
+pub fn postmaster_logs(message: &[u8]) {
+    bury_dead();
+    // SAFETY: only copied.
+    let (share, own) = unsafe { (current().share, current().slot) };
+    let Some(share) = share.filter(|share| share.cluster) else { return };
+    match message {
+        b"terminating any other active server processes" => share.endings.killed(precisely_now()),
+        // Nobody else is there now, but for a collector of logs, which lives.
+        b"all server processes terminated; reinitializing" => share.release_dead(own),
+        _ => (),
+    }
+}
+
+/// A text of bounded length that takes no memory; what is too much is left out, from a character's start on.
+pub struct Text<const N: usize> {
+    bytes: [u8; N],
+    length: usize,
+}
+
+impl<const N: usize> Text<N> {
+    pub const fn new() -> Self {
+        Text { bytes: [0; N], length: 0 }
+    }
+
+    pub fn as_str(&self) -> &str {
+        str::from_utf8(&self.bytes[..self.length]).unwrap_or("")
+    }
+
+    /// All of its memory; the text ends at the first zero.
+    pub fn with_zero(&self) -> &[u8] {
+        &self.bytes
+    }
+
+    pub fn clear(&mut self) {
+        self.length = 0;
+        self.bytes[0] = 0;
+    }
+}
+
+impl<const N: usize> Write for Text<N> {
+    fn write_str(&mut self, text: &str) -> std::fmt::Result {
+        // One byte stays free, for a zero at the end.
+        let mut room = text.len().min(N - 1 - self.length);
+        while !text.is_char_boundary(room) {
+            room -= 1;
+        }
+        self.bytes[self.length..self.length + room].copy_from_slice(&text.as_bytes()[..room]);
+        self.length += room;
+        self.bytes[self.length] = 0;
+        if room == text.len() { Ok(()) } else { Err(std::fmt::Error) }
+    }
+}
