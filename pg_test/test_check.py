@@ -9,8 +9,8 @@ CHECK = "SELECT function, context, bytes_per_call, count_per_call, kept_bytes, k
 
 
 @pytest.fixture(scope="module")
-def loaded(server):
-    with Cluster(server, preload="", max_connections=20) as cluster:
+def loaded(slow_server):
+    with Cluster(slow_server, preload="", max_connections=20) as cluster:
         cluster.sql("CREATE EXTENSION rheap")
         cluster.run_file(HERE / "modules/corpus.sql")
         yield cluster

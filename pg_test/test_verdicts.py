@@ -35,8 +35,8 @@ def test_leaks_are_found_within_a_minute_at_the_default_interval(pg17_control):
     assert run(pg17_control, seconds=60, interval="10s")["median_error"] <= 0.10
 
 
-def test_pgbench_raises_no_alarm(server):
-    with Cluster(server, rheap__walk_interval="1s") as cluster:
+def test_pgbench_raises_no_alarm(slow_server):
+    with Cluster(slow_server, rheap__walk_interval="1s") as cluster:
         cluster.pgbench("-i", "-s", "5", "-q")
         cluster.pgbench("-n", "-c", "4", "-j", "2", "-T", "20", "-M", "prepared")
         session = cluster.session()
