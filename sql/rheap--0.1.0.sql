@@ -120,6 +120,48 @@ AS 'MODULE_PATHNAME', 'rheap_ended_wrapper';
 /* </end connected objects> */
 
 /* <begin connected objects> */
+-- rheap::sql::exports::rheap_flamegraph
+CREATE  FUNCTION "rheap_flamegraph"(
+	"pid" INT DEFAULT NULL, /* Option < i32 > */
+	"metric" TEXT DEFAULT 'live' /* & str */
+) RETURNS TEXT /* String */
+VOLATILE PARALLEL RESTRICTED
+LANGUAGE c /* Rust */
+AS 'MODULE_PATHNAME', 'rheap_flamegraph_wrapper';
+/* </end connected objects> */
+
+/* <begin connected objects> */
+-- rheap::sql::exports::rheap_folded
+CREATE  FUNCTION "rheap_folded"(
+	"pid" INT DEFAULT NULL, /* Option < i32 > */
+	"metric" TEXT DEFAULT 'live' /* & str */
+) RETURNS TEXT /* String */
+VOLATILE PARALLEL RESTRICTED
+LANGUAGE c /* Rust */
+AS 'MODULE_PATHNAME', 'rheap_folded_wrapper';
+/* </end connected objects> */
+
+/* <begin connected objects> */
+-- rheap::sql::exports::rheap_heaptrack
+CREATE  FUNCTION "rheap_heaptrack"(
+	"pid" INT /* i32 */
+) RETURNS TEXT /* String */
+STRICT VOLATILE PARALLEL RESTRICTED
+LANGUAGE c /* Rust */
+AS 'MODULE_PATHNAME', 'rheap_heaptrack_wrapper';
+/* </end connected objects> */
+
+/* <begin connected objects> */
+-- rheap::sql::exports::rheap_html
+CREATE  FUNCTION "rheap_html"(
+	"pid" INT DEFAULT NULL /* Option < i32 > */
+) RETURNS TEXT /* String */
+VOLATILE PARALLEL RESTRICTED
+LANGUAGE c /* Rust */
+AS 'MODULE_PATHNAME', 'rheap_html_wrapper';
+/* </end connected objects> */
+
+/* <begin connected objects> */
 -- rheap::sql::leaks::rheap_leaks
 CREATE  FUNCTION "rheap_leaks"(
 	"pid" INT DEFAULT NULL /* Option < i32 > */
@@ -148,6 +190,134 @@ AS 'MODULE_PATHNAME', 'rheap_leaks_wrapper';
 /* </end connected objects> */
 
 /* <begin connected objects> */
+-- rheap::sql::snapshots::rheap_no_snapshot
+CREATE  FUNCTION "rheap_no_snapshot"(
+	"id" bigint /* i64 */
+) RETURNS bool /* bool */
+STRICT VOLATILE PARALLEL UNSAFE
+LANGUAGE c /* Rust */
+AS 'MODULE_PATHNAME', 'rheap_no_snapshot_wrapper';
+/* </end connected objects> */
+
+/* <begin connected objects> */
+-- requires:
+--   rheap_no_snapshot
+--   rheap_call_sites
+--   rheap_contexts
+
+
+CREATE TABLE rheap_snapshots (
+    id bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
+    label text,
+    taken_at timestamptz NOT NULL DEFAULT clock_timestamp()
+);
+CREATE TABLE rheap_snapshot_call_sites (
+    snapshot bigint NOT NULL REFERENCES rheap_snapshots ON DELETE CASCADE,
+    backend_type text NOT NULL,
+    context text NOT NULL,
+    function text NOT NULL,
+    location text NOT NULL,
+    stack text[] NOT NULL,
+    live_bytes bigint NOT NULL,
+    live_count bigint NOT NULL
+);
+CREATE INDEX ON rheap_snapshot_call_sites (snapshot);
+CREATE TABLE rheap_snapshot_contexts (
+    snapshot bigint NOT NULL REFERENCES rheap_snapshots ON DELETE CASCADE,
+    backend_type text NOT NULL,
+    path text NOT NULL,
+    used_bytes bigint NOT NULL,
+    contexts bigint NOT NULL
+);
+CREATE INDEX ON rheap_snapshot_contexts (snapshot);
+
+CREATE FUNCTION rheap_snapshot(label text DEFAULT NULL) RETURNS bigint
+LANGUAGE sql VOLATILE SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
+    WITH snapshot AS (
+        INSERT INTO @extschema@.rheap_snapshots (label) VALUES ($1) RETURNING id
+    ), call_sites AS (
+        INSERT INTO @extschema@.rheap_snapshot_call_sites
+        SELECT id, backend_type, context, function, location, stack, sum(live_bytes), sum(live_count)
+        FROM snapshot, @extschema@.rheap_call_sites()
+        WHERE live_count > 0
+        GROUP BY id, backend_type, context, function, location, stack
+    ), contexts AS (
+        INSERT INTO @extschema@.rheap_snapshot_contexts
+        SELECT id, backend_type, path, sum(used_bytes), sum(contexts)
+        FROM snapshot, @extschema@.rheap_contexts()
+        GROUP BY id, backend_type, path
+    )
+    SELECT id FROM snapshot
+$$;
+
+CREATE FUNCTION rheap_diff("from" bigint, "to" bigint DEFAULT NULL) RETURNS TABLE (
+    kind text, change text, backend_type text, context text, function text, location text,
+    bytes_before bigint, bytes_after bigint, growth_bytes bigint,
+    count_before bigint, count_after bigint, growth_count bigint, stack text[]
+)
+LANGUAGE sql VOLATILE SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
+    SELECT @extschema@.rheap_no_snapshot(wanted.id)
+    FROM (VALUES ($1), ($2)) wanted (id)
+    WHERE wanted.id IS NOT NULL AND NOT EXISTS (SELECT FROM @extschema@.rheap_snapshots s WHERE s.id = wanted.id);
+
+    WITH before AS (
+        SELECT 'call site' AS kind, backend_type, context, function, location, stack, live_bytes AS bytes, live_count AS count
+        FROM @extschema@.rheap_snapshot_call_sites WHERE snapshot = $1
+        UNION ALL
+        SELECT 'context', backend_type, path, NULL, NULL, NULL, used_bytes, contexts
+        FROM @extschema@.rheap_snapshot_contexts WHERE snapshot = $1
+    ), after AS (
+        SELECT 'call site' AS kind, backend_type, context, function, location, stack, live_bytes AS bytes, live_count AS count
+        FROM @extschema@.rheap_snapshot_call_sites WHERE snapshot = $2
+        UNION ALL
+        SELECT 'context', backend_type, path, NULL, NULL, NULL, used_bytes, contexts
+        FROM @extschema@.rheap_snapshot_contexts WHERE snapshot = $2
+        UNION ALL
+        SELECT 'call site', backend_type, context, function, location, stack, live_bytes, live_count
+        FROM (SELECT WHERE $2 IS NULL) now, @extschema@.rheap_call_sites() WHERE live_count > 0
+        UNION ALL
+        SELECT 'context', backend_type, path, NULL, NULL, NULL, used_bytes, contexts
+        FROM (SELECT WHERE $2 IS NULL) now, @extschema@.rheap_contexts()
+    ), both_moments AS (
+        SELECT kind, backend_type, context, function, location, stack, bytes, count, 0 AS bytes_after, 0 AS count_after FROM before
+        UNION ALL
+        SELECT kind, backend_type, context, function, location, stack, 0, 0, bytes, count FROM after
+    ), sums AS (
+        SELECT kind, backend_type, context, function, location, stack, sum(bytes)::bigint AS b, sum(count)::bigint AS c,
+               sum(bytes_after)::bigint AS ba, sum(count_after)::bigint AS ca
+        FROM both_moments GROUP BY kind, backend_type, context, function, location, stack
+    )
+    SELECT kind, CASE WHEN b = 0 AND c = 0 THEN 'new' WHEN ba = 0 AND ca = 0 THEN 'gone' WHEN ba > b OR ba = b AND ca > c THEN 'grew' ELSE 'shrank' END,
+           backend_type, context, function, location, b, ba, ba - b, c, ca, ca - c, stack
+    FROM sums WHERE ba <> b OR ca <> c
+    ORDER BY abs(ba - b) DESC, kind, context, function, location
+$$;
+
+REVOKE ALL ON rheap_snapshots, rheap_snapshot_call_sites, rheap_snapshot_contexts FROM PUBLIC;
+REVOKE ALL ON FUNCTION rheap_snapshot(text), rheap_diff(bigint, bigint), rheap_no_snapshot(bigint) FROM PUBLIC;
+GRANT SELECT ON rheap_snapshots, rheap_snapshot_call_sites, rheap_snapshot_contexts TO pg_monitor;
+GRANT EXECUTE ON FUNCTION rheap_snapshot(text), rheap_diff(bigint, bigint) TO pg_monitor;
+
+COMMENT ON TABLE rheap_snapshots IS 'moments that rheap_snapshot has noted; deleting one deletes what was noted';
+COMMENT ON SEQUENCE rheap_snapshots_id_seq IS 'ids of snapshots';
+COMMENT ON TABLE rheap_snapshot_call_sites IS 'what call sites held at each snapshot, all processes together';
+COMMENT ON TABLE rheap_snapshot_contexts IS 'what the contexts of each path held at each snapshot, all processes together';
+COMMENT ON FUNCTION rheap_snapshot(text) IS 'note what all processes hold now, for rheap_diff; returns the id of the snapshot';
+COMMENT ON FUNCTION rheap_diff(bigint, bigint) IS 'what grew, shrank, is new or gone between two snapshots, or since one';
+COMMENT ON FUNCTION rheap_no_snapshot(bigint) IS 'raises the error for a snapshot that does not exist; used by rheap_diff';
+/* </end connected objects> */
+
+/* <begin connected objects> */
+-- rheap::sql::exports::rheap_pprof
+CREATE  FUNCTION "rheap_pprof"(
+	"pid" INT DEFAULT NULL /* Option < i32 > */
+) RETURNS bytea /* Vec < u8 > */
+VOLATILE PARALLEL RESTRICTED
+LANGUAGE c /* Rust */
+AS 'MODULE_PATHNAME', 'rheap_pprof_wrapper';
+/* </end connected objects> */
+
+/* <begin connected objects> */
 -- rheap::sql::processes::rheap_processes
 CREATE  FUNCTION "rheap_processes"(
 	"pid" INT DEFAULT NULL /* Option < i32 > */
@@ -173,7 +343,17 @@ AS 'MODULE_PATHNAME', 'rheap_processes_wrapper';
 /* </end connected objects> */
 
 /* <begin connected objects> */
--- rheap::sql::report::rheap_report_json
+-- rheap::sql::exports::rheap_report
+CREATE  FUNCTION "rheap_report"(
+	"pid" INT DEFAULT NULL /* Option < i32 > */
+) RETURNS TEXT /* String */
+VOLATILE PARALLEL RESTRICTED
+LANGUAGE c /* Rust */
+AS 'MODULE_PATHNAME', 'rheap_report_wrapper';
+/* </end connected objects> */
+
+/* <begin connected objects> */
+-- rheap::sql::exports::rheap_report_json
 CREATE  FUNCTION "rheap_report_json"(
 	"pid" INT DEFAULT NULL /* Option < i32 > */
 ) RETURNS jsonb /* pgrx :: JsonB */
@@ -211,6 +391,40 @@ CREATE  FUNCTION "rheap_suppress"(
 STRICT VOLATILE PARALLEL UNSAFE
 LANGUAGE c /* Rust */
 AS 'MODULE_PATHNAME', 'rheap_suppress_wrapper';
+/* </end connected objects> */
+
+/* <begin connected objects> */
+-- rheap::sql::track::rheap_track
+CREATE  FUNCTION "rheap_track"(
+	"pid" INT, /* i32 */
+	"mode" TEXT /* & str */
+) RETURNS void
+STRICT VOLATILE PARALLEL UNSAFE
+LANGUAGE c /* Rust */
+AS 'MODULE_PATHNAME', 'rheap_track_wrapper';
+/* </end connected objects> */
+
+/* <begin connected objects> */
+-- requires:
+--   rheap_report
+--   rheap_folded
+--   rheap_flamegraph
+--   rheap_html
+--   rheap_pprof
+--   rheap_heaptrack
+--   rheap_track
+
+
+REVOKE ALL ON FUNCTION rheap_report(int), rheap_folded(int, text), rheap_flamegraph(int, text), rheap_html(int), rheap_pprof(int), rheap_heaptrack(int), rheap_track(int, text) FROM PUBLIC;
+GRANT EXECUTE ON FUNCTION rheap_report(int), rheap_folded(int, text), rheap_flamegraph(int, text), rheap_html(int), rheap_pprof(int), rheap_heaptrack(int) TO pg_monitor;
+
+COMMENT ON FUNCTION rheap_report(int) IS 'a report for a terminal: leaks, what holds most, most calls, most temporary allocations, totals, contexts';
+COMMENT ON FUNCTION rheap_folded(int, text) IS 'collapsed stacks for flame graph tools; metric: live, live_count, allocated, allocations, temporary or growth';
+COMMENT ON FUNCTION rheap_flamegraph(int, text) IS 'a flame graph as SVG; metric: live, live_count, allocated, allocations, temporary or growth';
+COMMENT ON FUNCTION rheap_html(int) IS 'one self-contained page: leaks, growth charts, flame graph, call sites, processes';
+COMMENT ON FUNCTION rheap_pprof(int) IS 'gzipped profile.proto with alloc and inuse samples, for go tool pprof and the like';
+COMMENT ON FUNCTION rheap_heaptrack(int) IS 'a data file of heaptrack, for heaptrack_print and heaptrack_gui';
+COMMENT ON FUNCTION rheap_track(int, text) IS 'let one process record in a mode of its own while it runs: off, sampled, exact, or default';
 /* </end connected objects> */
 
 /* <begin connected objects> */
