@@ -156,6 +156,42 @@ def test_pprof_agrees_with_the_view(exact, frozen, totals, tmp_path):
 # --- Text and JSON ---
 
 
+def key_of_leak(leak):
+    return tuple(leak[k] for k in ("verdict", "function", "location", "context", "live_bytes", "live_count", "reason"))
+
+
+def test_a_suppressed_leak_is_in_no_list_of_leaks(exact, frozen):
+    exact.sql("SELECT rheap_suppress('leaky_leak', 'it is meant to')")
+    try:
+        report = json.loads(exact.sql(f"SELECT rheap_report_json({frozen})"))
+        assert report["leaks"] == []
+        [site] = [s for s in report["call_sites"] if s["function"] == "leaky_leak"]
+        assert (site["verdict"], site["reason"]) == ("steady", "suppressed by 'leaky_leak': it is meant to")
+        assert "none: nothing here keeps growing" in exact.sql(f"SELECT rheap_report({frozen})")
+    finally:
+        exact.sql("SELECT rheap_unsuppress('leaky_leak')")
+
+
+def test_the_readmes_line_for_a_terminal_is_drawn_again_and_again(exact, frozen):
+    readme = (HERE.parent / "README.md").read_text()
+    line = re.search(r"postgres=# (SELECT verdict, .* \\watch) 2$", readme, re.M)[1]
+    psql = subprocess.Popen(
+        [exact.bin / "psql", "-X", *exact.target()], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    try:
+        psql.stdin.write(line + " 0.2\n")
+        psql.stdin.flush()
+        seen = 0
+        for text in psql.stdout:
+            seen += "leaky_leak" in text and " 234 kB" in text
+            if seen == 3:
+                break
+        assert seen == 3
+    finally:
+        psql.kill()
+        psql.communicate()
+
+
 def test_the_text_has_the_figures_of_the_view_and_fits_a_terminal(exact, frozen, totals):
     text = exact.sql(f"SELECT rheap_report({frozen})")
     assert max(map(len, text.splitlines())) <= 120
@@ -185,6 +221,8 @@ def test_json_is_as_its_schema_says_and_as_the_views_say(exact, frozen, totals):
     sites = exact.rows(f"SELECT * FROM rheap_call_sites({frozen})")
     key = lambda s: (s["function"], s["location"], s["context"], s["live_bytes"], s["alloc_count"], s["verdict"], s["reason"])
     assert sorted(map(key, report["call_sites"])) == sorted(map(key, sites))
+    leaks = exact.rows(f"SELECT * FROM rheap_leaks({frozen})")
+    assert leaks and list(map(key_of_leak, report["leaks"])) == list(map(key_of_leak, leaks))
     contexts = exact.rows(f"SELECT path, used_bytes, growth_bytes FROM rheap_contexts({frozen})")
     assert [{k: c[k] for k in ("path", "used_bytes", "growth_bytes")} for c in report["contexts"]] == contexts
     [process] = exact.rows(f"SELECT own_bytes, captures, mode FROM rheap_processes({frozen})")

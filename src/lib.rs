@@ -4,7 +4,8 @@
 //! memory contexts that outlive a transaction, and answers in SQL: `SELECT * FROM rheap_leaks();`
 //!
 //! The modules follow the way of the data: `hook` → `stack` → `ledger` → `walk` → `share` → `verdict` → `symbols` →
-//! `sql`, and `exports` for what people and other tools read. `process` holds what one server process knows, `pg_compat` what differs between server versions.
+//! `sql`, and `exports` for what people and other tools read. `process` holds what one server process knows, `pg_compat`
+//! what differs between server versions.
 
 #[cfg(not(all(target_os = "linux", target_arch = "x86_64", target_pointer_width = "64")))]
 compile_error!(

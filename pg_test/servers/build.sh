@@ -8,6 +8,8 @@
 # The builds are cached in $RHEAP_CACHE (default: /var/cache/rheap for root, since the servers then run as another
 # user who cannot enter root's home, else ~/.cache/rheap), keyed by version, patch and this script.
 set -euo pipefail
+# The server's Makefiles make their generated headers only where make was not called by make.
+unset MAKELEVEL MAKEFLAGS MFLAGS
 here=$(cd "$(dirname "$0")" && pwd)
 flavour=${1:?usage: build.sh leaks|control|cassert}
 case $flavour in leaks|control|cassert) ;; *) echo "build.sh: '$flavour' is none of leaks, control, cassert" >&2; exit 2;; esac

@@ -56,6 +56,7 @@ mod tests {
         let mut model = small();
         let name = "</script><script>alert(1)</script>\u{2028}<!-- {{script}}";
         model.calls[1].frames[0].function = Some(name.into());
+        model.leaks[0].frames[1].function = Some(name.into());
         let page = page(&model);
         assert_eq!(page.matches("</script>").count(), 2, "the data's and the code's");
         assert!(!page.contains("alert(1)<"));

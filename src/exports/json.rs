@@ -6,7 +6,6 @@ use serde::Serialize;
 
 use super::{Model, Process, Site, Totals, moment};
 use crate::symbols::Frame;
-use crate::verdict::Verdict;
 
 #[derive(Serialize)]
 pub struct Report<'a> {
@@ -118,8 +117,7 @@ fn time(micros: i64) -> Option<String> {
     (micros != 0).then(|| moment::iso(micros))
 }
 
-fn facts<'a>(model: &'a Model, s: &'a Site) -> Facts<'a> {
-    let culprit = model.culprit(s);
+fn facts<'a>(culprit: Option<&'a Frame>, s: &'a Site) -> Facts<'a> {
     Facts {
         verdict: s.verdict.name(),
         confidence: s.confidence,
@@ -157,13 +155,13 @@ pub fn report(model: &Model) -> Report<'_> {
                 frames.len() as u32 - 1
             })
         });
-        CallSite { facts: facts(model, site), culprit: site.culprit, stack: stack.collect() }
+        CallSite { facts: facts(model.culprit(site), site), culprit: site.culprit, stack: stack.collect() }
     });
     let call_sites = call_sites.collect();
-    let leaks = model.sites.iter().filter(|s| s.verdict >= Verdict::Suspect).map(|site| Leak {
-        facts: facts(model, site),
-        culprit: site.culprit,
-        stack: model.frames(site).map(|p| p.frame).collect(),
+    let leaks = model.leaks.iter().map(|leak| Leak {
+        facts: facts(leak.culprit(), &leak.facts),
+        culprit: leak.facts.culprit,
+        stack: leak.frames.iter().collect(),
     });
     Report {
         rheap: env!("CARGO_PKG_VERSION"),

@@ -34,6 +34,8 @@ pub struct Model {
     pub calls: Vec<Call>,
     /// Files of the modules that the calls are in.
     pub modules: Vec<String>,
+    /// As in `rheap_leaks`: what is one leak is one row there, though it may be several call sites.
+    pub leaks: Vec<Leak>,
     /// By severity, worst first, as in `rheap_call_sites`.
     pub sites: Vec<Site>,
     /// What grew most first, as in `rheap_contexts`.
@@ -77,6 +79,21 @@ pub struct Site {
     pub stack: Vec<u32>,
     /// The innermost frame that does not only allocate for its caller, counted over the frames of all calls.
     pub culprit: usize,
+}
+
+/// A row of `rheap_leaks`.
+#[derive(Clone, Debug)]
+pub struct Leak {
+    /// Without a stack.
+    pub facts: Site,
+    /// What the stacks of its call sites have in common, innermost first; the facts' culprit is an index into it.
+    pub frames: Vec<Frame>,
+}
+
+impl Leak {
+    pub fn culprit(&self) -> Option<&Frame> {
+        self.frames.get(self.facts.culprit)
+    }
 }
 
 impl Site {

@@ -5,12 +5,16 @@ use std::fmt::Write;
 use super::metric::Metric;
 use super::tree::{Node, merge};
 use super::units::{bytes, count, signed_bytes};
-use super::{Model, Site, moment};
-use crate::verdict::Verdict;
+use super::{Model, moment};
+use crate::symbols::Frame;
 
 const WIDTH: usize = 110;
 /// Entries of a section; more are counted, not listed.
 const ENTRIES: usize = 10;
+/// Frames of a tree that are listed in a row.
+const FRAMES: usize = 6;
+/// Levels at which callers that go apart are listed.
+const BRANCHES: usize = 1;
 /// Callers of one place that are listed, the greatest first; more are counted.
 const CALLERS: usize = 3;
 
@@ -42,7 +46,7 @@ pub fn text(model: &Model) -> String {
                 _ => format!("{about}{} allocations of {about}{} together", count(root.count), bytes(root.bytes)),
             };
             page.line(0, &format!("{sum} ({share:.1} %) from"));
-            page.tree(root, 2, metric, SHORT);
+            page.tree(root, 2, metric, BRANCHES);
         }
         page.more(roots.len(), "places");
     }
@@ -53,11 +57,11 @@ pub fn text(model: &Model) -> String {
 }
 
 fn leaks(page: &mut Page, model: &Model) {
-    let sites: Vec<&Site> = model.sites.iter().filter(|s| s.verdict >= Verdict::Suspect).collect();
     page.title("LEAKS");
-    for site in sites.iter().take(ENTRIES) {
+    for leak in model.leaks.iter().take(ENTRIES) {
+        let site = &leak.facts;
         let about = if site.exact { "" } else { "~" };
-        let place = model.culprit(site).map_or("(unknown)".into(), |f| f.describe());
+        let place = leak.culprit().map_or("(unknown)".into(), Frame::describe);
         let whose = match site.processes {
             0 | 1 => format!("{}, pid {}", site.backend_type, site.pid),
             n => format!("{}, {n} processes, most in pid {}", site.backend_type, site.pid),
@@ -70,12 +74,17 @@ fn leaks(page: &mut Page, model: &Model) {
             page.line(2, &format!("allocated most recently by query id {id}"));
         }
         page.line(2, &site.reason);
-        merge(model, [*site], Metric::Live).iter().for_each(|root| page.tree(root, 4, Metric::Live, WHOLE));
+        for (index, frame) in leak.frames.iter().enumerate().skip(site.culprit) {
+            // Functions at one address are inlined into the last of them. Where one recurses the address recurs too.
+            let next = leak.frames.get(index + 1);
+            let inlined = next.is_some_and(|n| n.address == frame.address && n.function != frame.function);
+            page.line(4, &format!("{}{}", frame.describe(), if inlined { "  [inlined]" } else { "" }));
+        }
     }
-    if sites.is_empty() {
+    if model.leaks.is_empty() {
         page.line(0, "none: nothing here keeps growing");
     }
-    page.more(sites.len(), "leaks, which rheap_leaks() lists");
+    page.more(model.leaks.len(), "leaks, which rheap_leaks() lists");
 }
 
 fn totals(page: &mut Page, model: &Model) {
@@ -187,8 +196,8 @@ impl Page {
     }
 
     /// A place and its callers. Those that are called from one place only go straight down; where several call, each
-    /// has its sum and goes further in. What is left out of `detail` is counted.
-    fn tree(&mut self, node: &Node, indent: usize, metric: Metric, detail: Detail) {
+    /// has its sum and goes further in. What is left out is counted.
+    fn tree(&mut self, node: &Node, indent: usize, metric: Metric, branches: usize) {
         let (mut at, mut listed) = (node, 0);
         loop {
             let inlined = if at.inlined { "  [inlined]" } else { "" };
@@ -199,16 +208,15 @@ impl Page {
                 [one] if one.value == at.value => {
                     at = one;
                     let frames = straight(at);
-                    if listed >= detail.frames && frames > 1 {
+                    if listed >= FRAMES && frames > 1 {
                         return self.line(indent, &format!("... and {frames} callers of these"));
                     }
                 }
                 several => {
-                    let worth = if detail.branches == 0 { 0 } else { CALLERS };
+                    let worth = if branches == 0 { 0 } else { CALLERS };
                     for caller in several.iter().take(worth) {
                         self.line(indent + 2, &format!("{} from", value(metric, caller)));
-                        let detail = Detail { branches: detail.branches - 1, ..detail };
-                        self.tree(caller, indent + 4, metric, detail);
+                        self.tree(caller, indent + 4, metric, branches - 1);
                     }
                     if several.len() > worth {
                         let rest: u64 = several.iter().skip(worth).map(|c| c.value).sum();
@@ -223,18 +231,6 @@ impl Page {
         }
     }
 }
-
-/// How much of a tree is listed.
-#[derive(Clone, Copy)]
-struct Detail {
-    /// Frames in a row.
-    frames: usize,
-    /// Levels at which callers go apart.
-    branches: usize,
-}
-
-const WHOLE: Detail = Detail { frames: usize::MAX, branches: 3 };
-const SHORT: Detail = Detail { frames: 6, branches: 1 };
 
 /// Frames from here on until callers go apart or the stack ends.
 fn straight(node: &Node) -> usize {
@@ -277,8 +273,7 @@ mod tests {
     #[test]
     fn lines_are_not_longer_than_promised_and_what_is_left_out_is_counted() {
         let mut model = large();
-        model.sites[0].verdict = Verdict::Leak;
-        model.sites[0].reason = "§".repeat(300);
+        model.leaks[0].facts.reason = "§".repeat(300);
         model.calls[0].frames[0].function = Some("long ".repeat(60));
         let start = std::time::Instant::now();
         let text = text(&model);

@@ -78,6 +78,14 @@ pub fn small() -> Model {
             call(0x50, &["run"]),
         ],
         modules: vec!["/usr/lib/postgresql/bin/postgres".into()],
+        leaks: vec![Leak {
+            facts: leak.clone(),
+            frames: [&["lappend"][..], &["inner", "run"], &["main"]]
+                .iter()
+                .zip([0x10, 0x20, 0x30])
+                .flat_map(|(f, at)| call(at, f).frames)
+                .collect(),
+        }],
         sites: vec![leak, site(vec![3, 4, 2], 0, [100, 1007, 5, 50])],
         contexts: vec![Context {
             pid: 7,

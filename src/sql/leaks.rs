@@ -161,7 +161,7 @@ fn named(rows: Vec<Gathered>) -> Vec<Named> {
             let (frames, at) = g.frames(&mut symbols);
             let query_id = Some(g.copy.query_id).filter(|&id| id != 0 && all_stats);
             if let Some(found) = suppressions.iter().find(|s| s.covers(&g.path, &frames)) {
-                g.judgement.suppress(found);
+                g.judgement = found.judgement(g.judgement);
             }
             (g, frames, at, query_id)
         })

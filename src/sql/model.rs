@@ -4,9 +4,9 @@ use std::collections::HashMap;
 
 use pgrx::pg_sys;
 
-use super::gather::{Fold, gather, innermost};
+use super::gather::{Fold, Gathered, gather, innermost};
 use super::{contexts::contexts, processes::processes};
-use crate::exports::{Call, Model, Site};
+use crate::exports::{Call, Leak, Model, Site};
 use crate::symbols::{Frame, Symbols, place};
 
 /// Writes something from what is known of one process or of all now. The memory that took is given back before this
@@ -51,31 +51,16 @@ fn model(function: &str, pid: Option<i32>) -> Model {
                 break;
             }
         }
-        let frames: Vec<Frame> = stack.iter().flat_map(|&call: &u32| calls[call as usize].frames.clone()).collect();
-        let culprit = innermost(&frames);
-        suppressions.iter().find(|s| s.covers(&g.path, &frames)).inspect(|s| g.judgement.suppress(s));
-        sites.push(Site {
-            verdict: g.judgement.verdict,
-            confidence: g.judgement.confidence,
-            reason: g.judgement.reason,
-            generations: g.judgement.generations,
-            growth_bytes_per_s: g.judgement.growth_bytes_per_s,
-            backend_type: g.backend_type,
-            context: g.path,
-            processes: g.processes,
-            pid: g.pid,
-            query_id: Some(g.copy.query_id).filter(|&id| id != 0 && all_stats),
-            exact: g.copy.exact,
-            alloc_count: g.copy.alloc_count,
-            alloc_bytes: g.copy.alloc_bytes,
-            live_count: g.copy.live_count,
-            live_bytes: g.copy.live_bytes,
-            first_seen: g.copy.first_seen,
-            last_seen: g.copy.last_seen,
-            stack,
-            culprit,
-        });
+        let frames: Vec<Frame> = stack.iter().flat_map(|&call| calls[call as usize].frames.clone()).collect();
+        if let Some(found) = suppressions.iter().find(|s| s.covers(&g.path, &frames)) {
+            g.judgement = found.judgement(g.judgement);
+        }
+        let query_id = Some(g.copy.query_id).filter(|&id| id != 0 && all_stats);
+        sites.push(site(g, stack, innermost(&frames), query_id));
     }
+    let leaks = super::leaks::leaks(function, pid)
+        .into_iter()
+        .map(|(g, frames, culprit, query_id)| Leak { facts: site(g, Vec::new(), culprit, query_id), frames });
     Model {
         taken_at,
         pid,
@@ -83,9 +68,34 @@ fn model(function: &str, pid: Option<i32>) -> Model {
         sample_bytes: crate::settings::sample_bytes(),
         calls,
         modules,
+        leaks: leaks.collect(),
         sites,
         contexts,
         processes,
+    }
+}
+
+fn site(g: Gathered, stack: Vec<u32>, culprit: usize, query_id: Option<i64>) -> Site {
+    Site {
+        verdict: g.judgement.verdict,
+        confidence: g.judgement.confidence,
+        reason: g.judgement.reason,
+        generations: g.judgement.generations,
+        growth_bytes_per_s: g.judgement.growth_bytes_per_s,
+        backend_type: g.backend_type,
+        context: g.path,
+        processes: g.processes,
+        pid: g.pid,
+        query_id,
+        exact: g.copy.exact,
+        alloc_count: g.copy.alloc_count,
+        alloc_bytes: g.copy.alloc_bytes,
+        live_count: g.copy.live_count,
+        live_bytes: g.copy.live_bytes,
+        first_seen: g.copy.first_seen,
+        last_seen: g.copy.last_seen,
+        stack,
+        culprit,
     }
 }
 

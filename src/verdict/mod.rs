@@ -72,15 +72,6 @@ pub struct Judgement {
     pub reason: String,
 }
 
-impl Judgement {
-    /// The user has said that this is no leak.
-    pub fn suppress(&mut self, by: &suppression::Suppression) {
-        self.verdict = Verdict::Steady;
-        self.confidence = 0.0;
-        self.reason = format!("suppressed by '{}': {}", by.pattern, by.reason);
-    }
-}
-
 /// Fewer surviving generations than this are a burst, not a habit.
 const HABIT: u32 = 3;
 /// A known cache must outgrow this many generations before it is anything else.

@@ -1,5 +1,6 @@
 //! What the user has said is no leak.
 
+use super::{Judgement, Verdict};
 use crate::symbols::Frame;
 
 /// A pattern and why.
@@ -11,6 +12,12 @@ pub struct Suppression {
 }
 
 impl Suppression {
+    /// Of a call site that it covers.
+    pub fn judgement(&self, judgement: Judgement) -> Judgement {
+        let reason = format!("suppressed by '{}': {}", self.pattern, self.reason);
+        Judgement { verdict: Verdict::Steady, confidence: 0.0, reason, ..judgement }
+    }
+
     /// Whether the pattern is that of the context's path, its last name, or a function of the stack.
     pub fn covers(&self, path: &str, frames: &[Frame]) -> bool {
         let last = path.rsplit('/').next().unwrap_or_default();
