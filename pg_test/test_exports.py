@@ -83,7 +83,7 @@ def test_a_flame_graph_is_a_picture_that_says_what_it_shows(exact, frozen, metri
     root = xml.fromstring(exact.sql(f"SELECT rheap_flamegraph({frozen}, '{metric}')"))
     text = " ".join(t for t in root.itertext())
     assert root.tag.endswith("svg") and f"pid {frozen} (client backend, exact)" in text
-    assert re.search(r"20\d\d-\d\d-\d\d \d\d:\d\d:\d\d UTC, PostgreSQL 1[57]\.\d+", text)
+    assert re.search(r"20\d\d-\d\d-\d\d \d\d:\d\d:\d\d UTC, PostgreSQL 1[5-8]\.\d+", text)
 
 
 def test_an_unknown_metric(exact):
