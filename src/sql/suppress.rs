@@ -11,24 +11,24 @@ const LONGEST: usize = 1000;
 
 /// The table's qualified name, or None where the extension is loaded but not created in this database.
 fn table() -> Option<String> {
-    Spi::get_one::<String>(
-        "SELECT pg_catalog.quote_ident(n.nspname) || '.rheap_suppressions' FROM pg_catalog.pg_extension e \
-         JOIN pg_catalog.pg_namespace n ON n.oid = e.extnamespace WHERE e.extname = 'rheap'",
-    )
-    .ok()
-    .flatten()
+    Spi::connect(|client| {
+        let name = "SELECT pg_catalog.quote_ident(n.nspname) || '.rheap_suppressions' FROM pg_catalog.pg_extension e \
+                    JOIN pg_catalog.pg_namespace n ON n.oid = e.extnamespace WHERE e.extname = 'rheap'";
+        client.select(name, Some(1), &[]).ok()?.first().get_one().ok()?
+    })
 }
 
-/// All suppressions of this database.
+/// All suppressions of this database. Reading must do without a transaction id, which a standby and a parallel plan
+/// refuse: `Spi::get_one` takes one, `select` does not.
 pub fn all() -> Vec<Suppression> {
     let Some(table) = table() else { return Vec::new() };
-    // Somebody may read leaks without being allowed to read this.
-    let may_read =
-        Spi::get_one_with_args::<bool>("SELECT pg_catalog.has_table_privilege($1, 'SELECT')", &[table.as_str().into()]);
-    if may_read != Ok(Some(true)) {
-        return Vec::new();
-    }
     Spi::connect(|client| {
+        // Somebody may read leaks without being allowed to read this.
+        let may_read = "SELECT pg_catalog.has_table_privilege($1, 'SELECT')";
+        match client.select(may_read, Some(1), &[table.as_str().into()]).map(|rows| rows.first().get_one()) {
+            Ok(Ok(Some(true))) => {}
+            _ => return Vec::new(),
+        }
         let rows = client.select(&format!("SELECT pattern, reason FROM {table} ORDER BY created, pattern"), None, &[]);
         let Ok(rows) = rows else { return Vec::new() };
         rows.filter_map(|row| Some(Suppression { pattern: row.get(1).ok()??, reason: row.get(2).ok()?? })).collect()
