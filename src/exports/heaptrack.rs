@@ -8,6 +8,7 @@ use std::collections::HashMap;
 use std::fmt::Write;
 
 use super::{Model, Site};
+use crate::symbols::helpers::is_allocator;
 
 /// Lines of events are bounded, since a text can have no more than 1 GB.
 const EVENTS: u64 = 40_000_000;
@@ -124,10 +125,16 @@ impl File {
         id
     }
 
-    /// The trace of a stack: callers before what they call.
+    /// The trace of a stack: callers before what they call. Its end is the caller of palloc, as it is the caller of
+    /// malloc in heaptrack's own files: the tools group by that function.
     fn trace(&mut self, model: &Model, site: &Site) -> u64 {
         let mut parent = 0;
-        for &call in site.stack.iter().rev() {
+        let of_allocator = |call: &&u32| {
+            let frames = &model.calls[**call as usize].frames;
+            frames.iter().all(|f| f.function.as_deref().is_some_and(is_allocator))
+        };
+        let inner = site.stack.iter().take_while(of_allocator).count();
+        for &call in site.stack[inner..].iter().rev() {
             let pointer = self.pointer(model, call);
             let next = self.traces.len() as u64 + 1;
             parent = *self.traces.entry((pointer, parent)).or_insert_with(|| {

@@ -177,7 +177,6 @@ fn check(function: &str, statement: &str, repeat: i32, warmup: i32) -> Vec<Findi
             stack: stack(&frames),
         });
     }
-    drop(symbols);
     findings.sort_by(|a, b| b.kept.bytes.cmp(&a.kept.bytes).then_with(|| a.function.cmp(&b.function)));
     findings
 }
@@ -205,7 +204,7 @@ fn rheap_check(
     ),
 > {
     let findings = check("rheap_check", statement, repeat, warmup);
-    TableIterator::new(findings.into_iter().map(move |f| {
+    super::given_back(findings.into_iter().map(move |f| {
         let per_call = |n: i64| n as f64 / repeat as f64;
         let (bytes, count) = (f.kept.bytes, f.kept.count);
         (f.function, f.location, f.context, per_call(bytes), per_call(count), bytes, count, f.stack)

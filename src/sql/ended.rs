@@ -67,6 +67,5 @@ fn rheap_ended() -> TableIterator<
             ));
         }
     }
-    drop(symbols);
-    TableIterator::new(rows)
+    super::given_back(rows.into_iter())
 }

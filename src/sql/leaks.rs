@@ -37,7 +37,7 @@ fn rheap_leaks(
         name!(stack, Vec<String>),
     ),
 > {
-    TableIterator::new(leaks("rheap_leaks", pid).into_iter().map(|(g, frames, at, query_id)| {
+    super::given_back(leaks("rheap_leaks", pid).into_iter().map(|(g, frames, at, query_id)| {
         (
             g.judgement.verdict.name().into(),
             g.judgement.confidence,
@@ -93,7 +93,7 @@ fn rheap_call_sites(
     ),
 > {
     let rows = gather("rheap_call_sites", pid, Fold::Nothing, |_| true);
-    TableIterator::new(named(rows).into_iter().map(|(g, frames, at, query_id)| {
+    super::given_back(named(rows).into_iter().map(|(g, frames, at, query_id)| {
         (
             g.judgement.verdict.name().into(),
             g.judgement.confidence,
@@ -150,7 +150,6 @@ pub fn leaks(function: &str, pid: Option<i32>) -> Vec<Named> {
     folded
 }
 
-/// The memory for symbols is given back before the first row is returned.
 fn named(rows: Vec<Gathered>) -> Vec<Named> {
     let share = super::share();
     let mut symbols = Symbols::new(&share);

@@ -15,8 +15,7 @@ pub fn with_model<T>(function: &str, pid: Option<i32>, write: impl FnOnce(&Model
     let model = model(function, pid);
     let written = write(&model);
     drop(model);
-    // SAFETY: returns free pages of the C heap to the system; touches nothing in use.
-    unsafe { libc::malloc_trim(0) };
+    super::give_back();
     written
 }
 

@@ -1,8 +1,8 @@
 //! Functions that allocate on behalf of their caller. The culprit of a leak is the innermost frame that is none of
 //! these. By exported names, so that it holds on stripped servers too; easy to extend.
 
-/// Exact names.
-const NAMES: &[&str] = &[
+/// The allocator itself: what rheap counts the calls of.
+const ALLOCATOR: &[&str] = &[
     "palloc",
     "palloc0",
     "palloc_extended",
@@ -11,6 +11,13 @@ const NAMES: &[&str] = &[
     "repalloc0",
     "repalloc_huge",
     "repalloc_extended",
+];
+
+/// Beginnings of the names of its functions.
+const ALLOCATOR_PREFIXES: &[&str] = &["MemoryContext", "AllocSet", "Generation", "Slab", "Bump"];
+
+/// Exact names.
+const NAMES: &[&str] = &[
     "pstrdup",
     "pnstrdup",
     "pchomp",
@@ -92,25 +99,17 @@ const NAMES: &[&str] = &[
 ];
 
 /// Beginnings of names.
-const PREFIXES: &[&str] = &[
-    "MemoryContext",
-    "AllocSet",
-    "Generation",
-    "Slab",
-    "Bump",
-    "_copy",
-    "simplehash_",
-    "pgrx::",
-    "pgrx_pg_sys::",
-    "alloc::",
-    "core::",
-    "<alloc::",
-    "<core::",
-];
+const PREFIXES: &[&str] =
+    &["_copy", "simplehash_", "pgrx::", "pgrx_pg_sys::", "alloc::", "core::", "<alloc::", "<core::"];
+
+/// Whether a function is the allocator's own.
+pub fn is_allocator(function: &str) -> bool {
+    ALLOCATOR.contains(&function) || ALLOCATOR_PREFIXES.iter().any(|p| function.starts_with(p))
+}
 
 /// Whether a function allocates only on behalf of its caller.
 pub fn is_helper(function: &str) -> bool {
-    NAMES.contains(&function) || PREFIXES.iter().any(|p| function.starts_with(p))
+    is_allocator(function) || NAMES.contains(&function) || PREFIXES.iter().any(|p| function.starts_with(p))
 }
 
 #[cfg(test)]

@@ -1,5 +1,4 @@
-//! From a return address to functions, files and lines. Only in the process that asks, and nothing of it is kept:
-//! the memory that debug information takes is given back before the caller sees the answer.
+//! From a return address to functions, files and lines. Only in the process that asks, and nothing of it is kept.
 
 pub(crate) mod debug_files;
 pub mod helpers;
@@ -151,15 +150,6 @@ impl<'a> Symbols<'a> {
                 source.function(probe).map(|name| addr2line::demangle_auto(name.into(), None).into_owned());
         }
         frames
-    }
-}
-
-impl Drop for Symbols<'_> {
-    fn drop(&mut self) {
-        self.sources.clear();
-        self.frames.clear();
-        // SAFETY: returns free pages of the C heap to the system; touches nothing in use.
-        unsafe { libc::malloc_trim(0) };
     }
 }
 

@@ -178,7 +178,11 @@ fn a_remembered_stack_is_recalled_and_no_other() {
             })
         });
     }
-    assert_eq!(ids.len(), 4, "the two ways differ in one return address only, and all but the first depth in recursion only");
+    assert_eq!(
+        ids.len(),
+        4,
+        "the two ways differ in one return address only, and all but the first depth in recursion only"
+    );
     // Of 120 visits the first to each stack cannot be recalled, and some are too long.
     assert!((40..=80).contains(&recalled), "{recalled}");
 }
