@@ -7,13 +7,16 @@
 //! bounded mappings, so it may run inside any palloc.
 
 pub mod account;
+mod bounds;
 pub mod cells;
+mod contexts;
 mod entries;
 pub mod filter;
 mod index;
 mod pending;
 pub mod region;
 pub mod sampling;
+mod short_lived;
 pub mod table;
 
 use account::{Site, Stamp};
@@ -21,7 +24,7 @@ use cells::Cells;
 use entries::{Context, Record, SiteKey};
 use filter::Filter;
 use index::Index;
-use pending::{Chunk, Pending};
+use pending::Pending;
 use region::Budget;
 use sampling::{ONE, Rate, Rates, Rng};
 use table::Table;
@@ -58,10 +61,6 @@ pub enum Precision {
     /// A sample everywhere.
     SampledAtOnce(Rate),
 }
-
-/// Whether frees come through the filter even where all allocations are recorded: from 16 on they do, since the hook
-/// sees those of all contexts.
-const FILTERED: bool = cfg!(not(feature = "pg15"));
 
 pub struct Ledger {
     budget: Budget,
@@ -131,11 +130,6 @@ impl Ledger {
         self.dropped
     }
 
-    /// Chunks that were held as pending so far.
-    pub fn holds(&self) -> u64 {
-        self.pending.put
-    }
-
     /// Followed chunks that were freed so far.
     pub fn frees(&self) -> u64 {
         self.pending.taken - self.settled + self.ended
@@ -150,17 +144,6 @@ impl Ledger {
     /// Records alive.
     pub fn records(&self) -> usize {
         self.records.count()
-    }
-
-    /// What was learned of a context holds as long as this stays the same.
-    #[inline]
-    pub fn context_changes(&self) -> u32 {
-        self.context_changes
-    }
-
-    /// A smaller limit takes effect on the next growth: what is mapped stays until the ledger is cleared.
-    pub fn set_limit(&mut self, limit: usize) {
-        self.budget.limit = limit;
     }
 
     /// Records keep the rate they were made with. Nothing may be pending.
@@ -179,17 +162,6 @@ impl Ledger {
 
     pub fn precision(&self) -> Precision {
         self.precision
-    }
-
-    /// Returns to the mode's own precision when the memory allows it again.
-    pub fn relax(&mut self) {
-        if (self.level != 0 || self.cells.floor() != 0) && self.budget.used - self.spare() < self.budget.limit / 4 {
-            self.set_precision(self.precision);
-        }
-    }
-
-    fn spare(&self) -> usize {
-        (self.records.high() as usize - self.records.count()) * size_of::<Record>()
     }
 
     /// Takes an allocation off its cell's gap; true when that is used up. The hook's entry does the same by itself.
@@ -222,34 +194,6 @@ impl Ledger {
             self.each_site_of(|key| key.cell == cell, |site| sites.site(site).set_inexact());
         }
         level.map_or(Decision::Skip, Decision::Record)
-    }
-
-    /// Id of a context, or 0 if it has none yet.
-    #[inline]
-    pub fn context(&mut self, address: u64) -> u32 {
-        if self.last_context != 0 && self.contexts.get(self.last_context).address == address {
-            return self.last_context;
-        }
-        self.last_context = self.contexts.find(address);
-        self.last_context
-    }
-
-    /// Registers a context. 0 when there is no memory for it.
-    pub fn add_context(&mut self, address: u64, path: u32) -> u32 {
-        let context = Context { address, path, ..Context::default() };
-        self.contexts.insert(context, &mut self.budget)
-    }
-
-    pub fn context_path(&self, context: u32) -> u32 {
-        self.contexts.get(context).path
-    }
-
-    /// (records alive, their requested bytes) of a context.
-    pub fn context_holds(&self, address: u64) -> (u32, u64) {
-        match self.contexts.find(address) {
-            0 => (0, 0),
-            id => (self.contexts.get(id).records, self.contexts.get(id).bytes),
-        }
     }
 
     /// The account of a stack and a path, or None if it has none yet.
@@ -295,133 +239,6 @@ impl Ledger {
         let account = sites.site(site);
         account.count(size, ONE, stamp);
         account.set_inexact();
-    }
-
-    /// Every allocation is recorded: there is nothing to ask.
-    #[inline(always)]
-    pub fn is_exact(&self) -> bool {
-        self.quick
-    }
-
-    /// `hold` in exact mode where `hold_exactly` would displace a chunk: that gets its record.
-    #[inline]
-    pub fn hold_displacing(
-        &mut self,
-        address: u64,
-        size: u64,
-        context: u32,
-        site: u32,
-        stamp: Stamp,
-        sites: &impl Sites,
-    ) {
-        self.expect(address);
-        let chunk = Chunk { size, site, context, epoch: stamp.epoch, cell: 0, level: 0 };
-        match self.pending.put(address, chunk) {
-            Some((displaced, chunk)) if displaced != address => self.settle(displaced, chunk, stamp, sites),
-            Some((_, chunk)) => self.pair(address, &chunk, stamp, sites),
-            None => (),
-        }
-    }
-
-    /// `hold` in the commonest case of exact mode; false, and nothing done, in any other.
-    #[inline(always)]
-    pub fn hold_exactly(&mut self, address: u64, size: u64, context: u32, site: u32, epoch: u32) -> bool {
-        let held = self.pending.put_free(address, Chunk { size, site, context, epoch, cell: 0, level: 0 });
-        if held && FILTERED {
-            self.filter.add(address);
-        }
-        held
-    }
-
-    /// `free` in the commonest case of exact mode; false, and nothing done, in any other.
-    #[inline(always)]
-    pub fn free_exactly(&mut self, address: u64, now: i64, query_id: impl FnOnce() -> i64, sites: &impl Sites) -> bool {
-        let Some(chunk) = self.pending.take(address) else { return false };
-        if FILTERED {
-            self.filter.remove(address);
-        }
-        sites.site(chunk.site).pair(chunk.size, ONE, chunk.epoch, now, query_id);
-        true
-    }
-
-    /// Nothing is pending.
-    #[inline]
-    pub fn is_settled(&self) -> bool {
-        self.pending.is_empty()
-    }
-
-    /// Follows an allocation for which `ask` said [`Decision::Record`], as pending: it is in no account before it
-    /// is freed or flushed.
-    #[inline]
-    pub fn hold(
-        &mut self,
-        address: u64,
-        size: u64,
-        context: u32,
-        site: u32,
-        cell: u16,
-        level: u8,
-        stamp: Stamp,
-        sites: &impl Sites,
-    ) {
-        let chunk = Chunk { size, site, context, epoch: stamp.epoch, cell, level: level as u16 };
-        self.expect(address);
-        if let Some((displaced, chunk)) = self.pending.put(address, chunk) {
-            self.displaced(displaced, chunk, address, stamp, sites);
-        }
-    }
-
-    #[inline(never)]
-    fn displaced(&mut self, address: u64, chunk: Chunk, by: u64, stamp: Stamp, sites: &impl Sites) {
-        if address == by {
-            // The address is alive again: the free of its last chunk was missed.
-            self.pair(address, &chunk, stamp, sites);
-        } else {
-            self.settle(address, chunk, stamp, sites);
-        }
-    }
-
-    /// Everything that is pending gets its record. Due when a statement has `ended`, and before anybody looks.
-    pub fn flush(&mut self, ended: bool, stamp: Stamp, sites: &impl Sites) {
-        let mut from = 0;
-        while let Some((address, chunk)) = self.pending.next(&mut from, |_| true) {
-            if ended {
-                self.cells.kept(chunk.cell);
-            }
-            self.settle(address, chunk, stamp, sites);
-        }
-    }
-
-    fn settle(&mut self, address: u64, chunk: Chunk, stamp: Stamp, sites: &impl Sites) {
-        let Chunk { size, context, site, level, epoch, .. } = chunk;
-        self.settled += 1;
-        self.unexpect(address);
-        self.record(address, size, context, site, level as u8, Stamp { epoch, ..stamp }, sites);
-    }
-
-    /// The free of a pending chunk has to come through the filter.
-    #[inline]
-    fn expect(&mut self, address: u64) {
-        if FILTERED || self.precision != Precision::Exact {
-            self.filter.add(address);
-        }
-    }
-
-    #[inline]
-    fn unexpect(&mut self, address: u64) {
-        if FILTERED || self.precision != Precision::Exact {
-            self.filter.remove(address);
-        }
-    }
-
-    /// A pending chunk is gone: it has been allocated and freed in one.
-    #[inline]
-    fn pair(&mut self, address: u64, chunk: &Chunk, stamp: Stamp, sites: &impl Sites) {
-        self.unexpect(address);
-        self.cells.paired(chunk.cell);
-        let weight = self.rates.weight(chunk.size, chunk.level as u8);
-        let alloc_weight = if self.precision == Precision::Exact { ONE } else { weight };
-        sites.site(chunk.site).pair(chunk.size, alloc_weight, chunk.epoch, stamp.now, || stamp.query_id);
     }
 
     /// Follows an allocation at once, without a time as pending. A record that the address still has is of a chunk
@@ -541,149 +358,6 @@ impl Ledger {
         self.end(id, sites);
         self.ended += 1;
         true
-    }
-
-    /// Everything in the context is gone. Returns the number of followed chunks that ended.
-    pub fn reset(&mut self, address: u64, stamp: Stamp, sites: &impl Sites) -> u32 {
-        let context = self.contexts.find(address);
-        if context == 0 {
-            return 0;
-        }
-        let (mut ended, mut from) = (0, 0);
-        while let Some((address, chunk)) = self.pending.next(&mut from, |c| c.context == context) {
-            self.pair(address, &chunk, stamp, sites);
-            ended += 1;
-        }
-        while self.contexts.get(context).head != 0 {
-            self.end(self.contexts.get(context).head, sites);
-            self.ended += 1;
-            ended += 1;
-        }
-        ended
-    }
-
-    /// The context is gone; its header may be another context tomorrow.
-    pub fn delete(&mut self, address: u64, stamp: Stamp, sites: &impl Sites) -> u32 {
-        let ended = self.reset(address, stamp, sites);
-        let context = self.contexts.find(address);
-        if context != 0 {
-            self.contexts.remove(context, Context::default());
-            self.last_context = 0;
-            self.context_changes = self.context_changes.wrapping_add(1);
-        }
-        ended
-    }
-
-    /// The context lies under another parent now: what it holds moves to the accounts of the new path.
-    /// `open` finds or makes the account of a stack, a path and a cell; None leaves a record where it is. Nothing
-    /// may be pending.
-    pub fn reparent(
-        &mut self,
-        address: u64,
-        path: u32,
-        sites: &impl Sites,
-        mut open: impl FnMut(&mut Self, u32, u32, u16) -> Option<u32>,
-    ) {
-        debug_assert!(self.pending.is_empty());
-        let context = self.contexts.find(address);
-        if context == 0 || self.contexts.get(context).path == path {
-            return;
-        }
-        let old_path = std::mem::replace(&mut self.contexts.get_mut(context).path, path);
-        self.context_changes = self.context_changes.wrapping_add(1);
-        let mut id = self.contexts.get(context).head;
-        while id != 0 {
-            let record = *self.records.get(id);
-            let from = sites.site(record.site);
-            let cell = self.cell_of(from.stack(), old_path);
-            if let Some(site) = open(self, from.stack(), path, cell) {
-                from.hand_over(sites.site(site), record.size(), self.live_weight(&record), record.epoch);
-                self.records.get_mut(id).site = site;
-            }
-            id = record.next;
-        }
-    }
-
-    /// The budget is exhausted: follow fewer chunks from now on, and give up a part of those that are followed,
-    /// each with the same chance as if the new rate had held when it was made.
-    #[cold]
-    fn thin(&mut self, sites: &impl Sites) {
-        let live = self.records.count() as u64;
-        if live == 0 {
-            return;
-        }
-        let bytes: u64 = (1..=self.records.high())
-            .map(|id| self.records.get(id))
-            .filter(|r| r.address != 0)
-            .map(Record::size)
-            .fold(0, u64::saturating_add);
-        let mean = (bytes / live).max(1);
-        // About half of the records of mean size survive the first time, and half of those the next time.
-        let before = self.rates.rate(self.level).max(self.cells.floor());
-        let level = self.rates.level((before.max(mean * 3 / 4) * 2).max(2));
-        let rate = self.rates.rate(level);
-        if rate <= before {
-            return;
-        }
-        if self.precision == Precision::Exact {
-            self.level = level;
-            self.quick = false;
-            self.gap = self.rates.gap(level, &mut self.rng);
-        } else {
-            self.cells.raise_floor(rate, &mut self.rates, &mut self.rng);
-            self.each_site(|site| sites.site(site).set_inexact());
-        }
-        for id in 1..=self.records.high() {
-            let record = *self.records.get(id);
-            let old = self.rates.rate(record.level());
-            if record.address == 0 || old >= rate {
-                continue;
-            }
-            let keep = sampling::probability(record.size(), rate) / sampling::probability(record.size(), old);
-            if self.rng.unit() <= keep {
-                let (old, new) = (self.live_weight(&record), sampling::weight(record.size(), rate));
-                self.records.get_mut(id).size_level = record.size() | (level as u64) << 56;
-                self.held = self.held.wrapping_add((new - old) * record.size());
-                sites.site(record.site).reweigh(record.size(), old, new);
-            } else {
-                self.end(id, sites);
-                sites.site(record.site).set_inexact();
-                self.dropped += 1;
-            }
-        }
-    }
-
-    /// Forgets everything and gives the memory back; the rates stay.
-    pub fn clear(&mut self) {
-        self.filter.clear();
-        self.empty();
-    }
-
-    /// Forgets what a process has from its parent. Marks in the filter stay if they are few: they do no harm, and most
-    /// of its memory is not the child's own yet and should not become so.
-    pub fn forget_parents(&mut self) {
-        if self.records.count() > filter::PLACES / 64 {
-            self.filter.clear();
-        }
-        self.records.abandon(&mut self.budget);
-        self.contexts.abandon(&mut self.budget);
-        self.sites.abandon(&mut self.budget);
-        self.empty();
-    }
-
-    fn empty(&mut self) {
-        self.records.clear(&mut self.budget);
-        self.contexts.clear(&mut self.budget);
-        self.sites.clear(&mut self.budget);
-        self.pending.clear();
-        self.last_context = 0;
-        self.context_changes = self.context_changes.wrapping_add(1);
-        self.held = 0;
-        self.dropped = 0;
-        (self.settled, self.ended) = (0, 0);
-        if self.precision != Precision::Exact || self.level != 0 {
-            self.set_precision(self.precision);
-        }
     }
 }
 

@@ -1,0 +1,144 @@
+//! Chunks that are pending: held apart until they are freed, which most are within their statement, or until it ends.
+
+use super::account::Stamp;
+use super::pending::Chunk;
+use super::sampling::ONE;
+use super::{Ledger, Precision, Sites};
+
+/// Whether frees come through the filter even where all allocations are recorded: from 16 on they do, since the hook
+/// sees those of all contexts.
+const FILTERED: bool = cfg!(not(feature = "pg15"));
+
+impl Ledger {
+    /// Every allocation is recorded: there is nothing to ask.
+    #[inline(always)]
+    pub fn is_exact(&self) -> bool {
+        self.quick
+    }
+
+    /// Follows an allocation for which `ask` said [`Decision::Record`], as pending: it is in no account before it
+    /// is freed or flushed.
+    #[inline]
+    pub fn hold(
+        &mut self,
+        address: u64,
+        size: u64,
+        context: u32,
+        site: u32,
+        cell: u16,
+        level: u8,
+        stamp: Stamp,
+        sites: &impl Sites,
+    ) {
+        let chunk = Chunk { size, site, context, epoch: stamp.epoch, cell, level: level as u16 };
+        self.expect(address);
+        if let Some((displaced, chunk)) = self.pending.put(address, chunk) {
+            self.displaced(displaced, chunk, address, stamp, sites);
+        }
+    }
+
+    /// `hold` in the commonest case of exact mode; false, and nothing done, in any other.
+    #[inline(always)]
+    pub fn hold_exactly(&mut self, address: u64, size: u64, context: u32, site: u32, epoch: u32) -> bool {
+        let held = self.pending.put_free(address, Chunk { size, site, context, epoch, cell: 0, level: 0 });
+        if held && FILTERED {
+            self.filter.add(address);
+        }
+        held
+    }
+
+    /// `hold` in exact mode where `hold_exactly` would displace a chunk: that gets its record.
+    #[inline]
+    pub fn hold_displacing(
+        &mut self,
+        address: u64,
+        size: u64,
+        context: u32,
+        site: u32,
+        stamp: Stamp,
+        sites: &impl Sites,
+    ) {
+        self.expect(address);
+        let chunk = Chunk { size, site, context, epoch: stamp.epoch, cell: 0, level: 0 };
+        match self.pending.put(address, chunk) {
+            Some((displaced, chunk)) if displaced != address => self.settle(displaced, chunk, stamp, sites),
+            Some((_, chunk)) => self.pair(address, &chunk, stamp, sites),
+            None => (),
+        }
+    }
+
+    #[inline(never)]
+    fn displaced(&mut self, address: u64, chunk: Chunk, by: u64, stamp: Stamp, sites: &impl Sites) {
+        if address == by {
+            // The address is alive again: the free of its last chunk was missed.
+            self.pair(address, &chunk, stamp, sites);
+        } else {
+            self.settle(address, chunk, stamp, sites);
+        }
+    }
+
+    /// `free` in the commonest case of exact mode; false, and nothing done, in any other.
+    #[inline(always)]
+    pub fn free_exactly(&mut self, address: u64, now: i64, query_id: impl FnOnce() -> i64, sites: &impl Sites) -> bool {
+        let Some(chunk) = self.pending.take(address) else { return false };
+        if FILTERED {
+            self.filter.remove(address);
+        }
+        sites.site(chunk.site).pair(chunk.size, ONE, chunk.epoch, now, query_id);
+        true
+    }
+
+    /// Nothing is pending.
+    #[inline]
+    pub fn is_settled(&self) -> bool {
+        self.pending.is_empty()
+    }
+
+    /// Chunks that were held as pending so far.
+    pub fn holds(&self) -> u64 {
+        self.pending.put
+    }
+
+    /// Everything that is pending gets its record. Due when a statement has `ended`, and before anybody looks.
+    pub fn flush(&mut self, ended: bool, stamp: Stamp, sites: &impl Sites) {
+        let mut from = 0;
+        while let Some((address, chunk)) = self.pending.next(&mut from, |_| true) {
+            if ended {
+                self.cells.kept(chunk.cell);
+            }
+            self.settle(address, chunk, stamp, sites);
+        }
+    }
+
+    fn settle(&mut self, address: u64, chunk: Chunk, stamp: Stamp, sites: &impl Sites) {
+        let Chunk { size, context, site, level, epoch, .. } = chunk;
+        self.settled += 1;
+        self.unexpect(address);
+        self.record(address, size, context, site, level as u8, Stamp { epoch, ..stamp }, sites);
+    }
+
+    /// The free of a pending chunk has to come through the filter.
+    #[inline]
+    fn expect(&mut self, address: u64) {
+        if FILTERED || self.precision != Precision::Exact {
+            self.filter.add(address);
+        }
+    }
+
+    #[inline]
+    fn unexpect(&mut self, address: u64) {
+        if FILTERED || self.precision != Precision::Exact {
+            self.filter.remove(address);
+        }
+    }
+
+    /// A pending chunk is gone: it has been allocated and freed in one.
+    #[inline]
+    pub(super) fn pair(&mut self, address: u64, chunk: &Chunk, stamp: Stamp, sites: &impl Sites) {
+        self.unexpect(address);
+        self.cells.paired(chunk.cell);
+        let weight = self.rates.weight(chunk.size, chunk.level as u8);
+        let alloc_weight = if self.precision == Precision::Exact { ONE } else { weight };
+        sites.site(chunk.site).pair(chunk.size, alloc_weight, chunk.epoch, stamp.now, || stamp.query_id);
+    }
+}

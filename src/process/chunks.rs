@@ -1,0 +1,313 @@
+//! What the hooks report of chunks and contexts, into the ledger.
+
+use pgrx::pg_sys;
+
+use super::{Process, State, current, guarded, now};
+use crate::ledger::account::Stamp;
+use crate::ledger::{Decision, Ledger};
+use crate::pg_compat::{self, MemoryContext};
+use crate::settings;
+use crate::share::Share;
+use crate::share::pool::Cursor;
+use crate::stack::Regs;
+use crate::stack::memory::Home;
+use crate::walk::path;
+
+impl Process {
+    /// An allocation whose cell asks for it. `pending`: its end may come before anybody looks.
+    #[inline]
+    fn follow(&mut self, context: MemoryContext, chunk: u64, size: u64, regs: Regs, cell: u16, pending: bool) {
+        if self.must_forget() {
+            self.forget();
+        }
+        let Some(share) = &self.share else { return };
+        let decision = self.ledger.ask(cell, size, self.epoch, share);
+        if decision == Decision::Skip {
+            self.passed += 1;
+            return;
+        }
+        if let Decision::Record(level) = decision
+            && pending
+            // SAFETY: the registers are those of the call that was hooked.
+            && let Some(known) = unsafe { self.stacks.recall(regs.sp) }
+            && known.home.context == context as u64
+            && known.home.changes == self.ledger.context_changes()
+        {
+            let home = known.home;
+            let stamp = Stamp { epoch: self.epoch, now: self.now, query_id: pg_compat::query_id() };
+            self.ledger.hold(chunk, size, home.context_id, home.site, cell, level, stamp, share);
+            return;
+        }
+        self.follow_anew(context, chunk, size, regs, cell, decision, pending);
+    }
+
+    /// The same when the stack, or what it allocates in, is not known from a moment ago.
+    #[inline(never)]
+    fn follow_anew(
+        &mut self,
+        context: MemoryContext,
+        chunk: u64,
+        size: u64,
+        regs: Regs,
+        cell: u16,
+        decision: Decision,
+        pending: bool,
+    ) {
+        let Some(share) = self.share else { return };
+        let mut id = self.ledger.context(context as u64);
+        if id == 0 {
+            // SAFETY: inside a palloc of this live context.
+            let path = unsafe { path::path_of(context, &share) };
+            id = self.ledger.add_context(context as u64, path);
+        }
+        let path = if id == 0 { 0 } else { self.ledger.context_path(id) };
+        // SAFETY: the registers are those of the call that was hooked.
+        let (stack, home) = unsafe {
+            match self.stacks.recall(regs.sp) {
+                Some(known) => (known.stack, Some(&mut known.home)),
+                // What a process allocates before its second message hardly recurs.
+                None => self.stacks.capture(
+                    &mut self.unwinder,
+                    regs,
+                    settings::stack_depth(),
+                    self.has_served,
+                    &share,
+                    &mut self.aside,
+                ),
+            }
+        };
+        let site = if id == 0 || stack == 0 {
+            None
+        } else {
+            Self::open_site(&mut self.ledger, &mut self.sites, &share, self.slot, stack, path, cell)
+        };
+        let Some(site) = site else {
+            // Some table is full: this allocation goes unseen, and the process says that it is not exact.
+            self.unseen += 1;
+            self.at_once += 1;
+            self.full = true;
+            self.ledger.free(chunk, Stamp::default(), &share);
+            return;
+        };
+        share.sites.rows[site as usize].begin(self.epoch, self.now);
+        if let Some(home) = home {
+            *home = Home { context: context as u64, changes: self.ledger.context_changes(), context_id: id, site };
+        }
+        let stamp = self.stamp();
+        match decision {
+            Decision::Record(level) if pending => {
+                return self.ledger.hold(chunk, size, id, site, cell, level, stamp, &share);
+            }
+            Decision::Record(level) => self.ledger.record(chunk, size, id, site, level, stamp, &share),
+            Decision::Count => self.ledger.count(size, site, stamp, &share),
+            Decision::Skip => return,
+        }
+        self.at_once += 1;
+    }
+
+    /// `allocated_again` where many chunks stay.
+    #[inline(never)]
+    fn hold_displacing(&mut self, chunk: u64, size: u64, context: u32, site: u32) {
+        let stamp = self.stamp();
+        let Some(share) = &self.share else { return };
+        self.ledger.hold_displacing(chunk, size, context, site, stamp, share);
+        self.looks = self.looks.wrapping_sub(1);
+        if self.looks == 0 || !self.ledger.is_exact() {
+            self.pause();
+        }
+    }
+
+    /// Time for a look at the clock in the middle of the short way.
+    #[cold]
+    fn pause(&mut self) {
+        self.enter();
+        if let Some(slot) = self.slot() {
+            self.look(slot);
+        }
+        self.leave(State::Ready);
+    }
+
+    /// An allocation in a process that is not driven by messages, or not yet.
+    #[cold]
+    fn allocated_alone(&mut self, context: MemoryContext, chunk: u64, size: u64, regs: Regs, cell: u16) {
+        if self.own_slot.is_none() && !self.attach() {
+            return;
+        }
+        let Some(slot) = self.slot() else { return };
+        // SAFETY: a plain read of the server's global.
+        if self.kind != unsafe { pg_sys::MyBackendType } {
+            self.follow_settings();
+        }
+        self.now = now();
+        self.follow(context, chunk, size, regs, cell, self.state_at_rest() == State::Ready);
+        // Such a process allocates little, and may not do so again for long: look each time. While it starts, it is
+        // walked each time that it has allocated twice as much as before.
+        if self.at_once.is_power_of_two() && self.at_once >= 8 && slot.has_no_messages() && self.walk.is_starting() {
+            self.walk.hurry();
+        }
+        self.look(slot);
+        self.publish_all(slot);
+    }
+
+    /// The account of a stack and a context path, opened if it is new.
+    pub fn open_site(
+        ledger: &mut Ledger,
+        cursor: &mut Cursor,
+        share: &Share,
+        slot: u32,
+        stack: u32,
+        path: u32,
+        cell: u16,
+    ) -> Option<u32> {
+        if let Some(site) = ledger.site(stack, path) {
+            return Some(site);
+        }
+        let site = cursor.take(&share.sites, slot)?;
+        share.sites.rows[site as usize].open(stack, path);
+        ledger.add_site(stack, path, site, cell, share).then_some(site)
+    }
+}
+
+/// The cell of the caller of the allocator.
+///
+/// # Safety
+/// `regs` are those of the call that was hooked.
+pub unsafe fn cell(regs: Regs) -> u16 {
+    // SAFETY: the caller's promise.
+    unsafe { current().stacks.callers.key(regs.sp) as u16 % crate::ledger::cells::CELLS as u16 }
+}
+
+/// A chunk has been allocated in a watched context, past the hook's entry: `cell` may not have asked for it yet.
+///
+/// # Safety
+/// `regs` are those of the call that was hooked.
+pub unsafe fn allocated_unspent(context: MemoryContext, chunk: u64, size: u64, regs: Regs) {
+    // SAFETY: the caller's promise.
+    let (process, cell) = unsafe { (current(), cell(regs)) };
+    if process.ledger.spend(cell, size) {
+        allocated(context, chunk, size, regs, cell);
+    } else {
+        process.passed += 1;
+    }
+}
+
+/// A chunk has been allocated in a watched context, and its cell asks for it.
+#[inline(always)]
+pub fn allocated(context: MemoryContext, chunk: u64, size: u64, regs: Regs, cell: u16) {
+    // SAFETY: as for `guarded`.
+    let process = unsafe { current() };
+    if process.state == State::Ready {
+        process.enter();
+        process.follow(context, chunk, size, regs, cell, true);
+        process.looks = process.looks.wrapping_sub(1);
+        if process.looks == 0
+            && let Some(slot) = process.slot()
+        {
+            process.look(slot);
+        }
+        process.leave(State::Ready);
+    } else {
+        otherwise(context, chunk, size, regs, cell);
+    }
+}
+
+#[cold]
+#[inline(never)]
+fn otherwise(context: MemoryContext, chunk: u64, size: u64, regs: Regs, cell: u16) {
+    // SAFETY: as for `guarded`.
+    let process = unsafe { current() };
+    if process.state == State::Busy || process.state == State::Refused {
+        return;
+    }
+    process.enter();
+    process.allocated_alone(context, chunk, size, regs, cell);
+    process.leave(process.state_at_rest());
+    // Between messages there is a better place for it; who gets none logs here, unless an error must not happen.
+    // SAFETY: the guard is released; a plain read.
+    if !process.has_messages && process.walk.has_news() && unsafe { pg_sys::CritSectionCount } == 0 {
+        crate::walk::log_new_leaks();
+    }
+}
+
+/// A chunk has been allocated in a watched context, and all of them are recorded. False when this takes more than
+/// the commonest case does: then nothing has been done.
+///
+/// # Safety
+/// `sp` is that of the call that was hooked. With `GATHER` the processor gathers.
+#[inline(always)]
+pub unsafe fn allocated_again<const GATHER: bool>(context: MemoryContext, chunk: u64, size: u64, sp: u64) -> bool {
+    // SAFETY: as for `guarded`: what follows does not call anything that could palloc.
+    let process = unsafe { current() };
+    // SAFETY: the caller's promise.
+    if process.quick
+        && !process.must_forget()
+        && let Some(known) = unsafe { process.stacks.recall_first::<GATHER>(sp) }
+        && known.home.context == context as u64
+        && known.home.changes == process.ledger.context_changes()
+    {
+        let (context, site) = (known.home.context_id, known.home.site);
+        if !process.ledger.hold_exactly(chunk, size, context, site, process.epoch) {
+            process.hold_displacing(chunk, size, context, site);
+        }
+        return true;
+    }
+    false
+}
+
+/// A chunk that was allocated a moment ago, with all of them recorded, is about to be freed. False as above.
+#[inline(always)]
+pub fn freed_at_once(chunk: u64) -> bool {
+    // SAFETY: as for `guarded`: what follows does not call anything that could palloc.
+    let process = unsafe { current() };
+    // SAFETY: who is quick has attached, for which there must be a mapping; the query's id is this process's own.
+    process.quick && {
+        let share = unsafe { process.share.as_ref().unwrap_unchecked() };
+        process.ledger.free_exactly(chunk, process.now, || unsafe { *process.query_id }, share)
+    }
+}
+
+/// Whether a chunk that is about to be freed is followed.
+#[inline(always)]
+pub fn follows(chunk: u64) -> bool {
+    // SAFETY: as for `guarded`: this only reads.
+    unsafe { current() }.ledger.follows(chunk)
+}
+
+/// A followed chunk is about to be freed.
+#[inline(never)]
+pub fn freed(chunk: u64) {
+    guarded(|p| {
+        if let Some(share) = &p.share {
+            let stamp = Stamp { epoch: p.epoch, now: p.now, query_id: pg_compat::query_id() };
+            p.ledger.free(chunk, stamp, share);
+        }
+    });
+}
+
+/// A chunk of a watched context has been given another size, and perhaps another place.
+///
+/// # Safety
+/// `regs` are those of the call that was hooked.
+pub unsafe fn reallocated(context: MemoryContext, old: u64, new: u64, size: u64, regs: Regs) {
+    freed(old);
+    // SAFETY: the caller's promise.
+    unsafe { allocated_unspent(context, new, size, regs) };
+}
+
+/// Everything in a watched context is about to go.
+pub fn context_reset(context: MemoryContext) {
+    guarded(|p| {
+        if let Some(share) = &p.share {
+            p.ledger.reset(context as u64, p.stamp(), share);
+        }
+    });
+}
+
+/// A watched context is about to go.
+pub fn context_deleted(context: MemoryContext) {
+    guarded(|p| {
+        if let Some(share) = &p.share {
+            p.ledger.delete(context as u64, p.stamp(), share);
+        }
+    });
+}

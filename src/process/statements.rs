@@ -1,0 +1,200 @@
+//! What is done between two statements, and on the clock within a long one.
+
+use std::sync::atomic::Ordering::*;
+
+use super::{Process, State, current, guarded, life, now};
+use crate::share::slot::{POSTMASTER, Slot};
+use crate::stack::Regs;
+use crate::{hook, pg_compat, settings};
+
+/// Recorded allocations between two looks at the clock within a statement.
+const LOOK: u32 = 256;
+
+impl Process {
+    /// Looks at the clock, and walks if it is time.
+    #[inline(never)]
+    pub(super) fn look(&mut self, slot: &Slot) {
+        self.looks = LOOK;
+        self.now = now();
+        if self.must_follow_wish(slot) {
+            self.follow_settings();
+        }
+        if self.walk.is_due(self.now) {
+            self.follow_settings();
+            // Where no work has begun since the last walk, as in a long statement and in processes without messages,
+            // the time between two walks is the unit.
+            if self.epoch == self.walked_epoch && slot.backend_type.load(Relaxed) != POSTMASTER {
+                self.next_epoch(slot);
+            }
+            self.walked_epoch = self.epoch;
+            self.flush(false);
+            // SAFETY: at the exit of a palloc or between two messages, where the tree is consistent.
+            unsafe { crate::walk::walk(self, slot) };
+            self.publish_all(slot);
+        }
+    }
+
+    /// Puts everything into the accounts that is not there yet.
+    #[inline(always)]
+    pub fn flush(&mut self, ended: bool) {
+        if !self.ledger.is_settled() {
+            self.flush_some(ended);
+        }
+    }
+
+    #[inline(never)]
+    fn flush_some(&mut self, ended: bool) {
+        let stamp = self.stamp();
+        if let Some(share) = &self.share {
+            self.ledger.flush(ended, stamp, share);
+        }
+    }
+
+    /// A client's message has been dealt with.
+    #[inline]
+    fn statement_done(&mut self, slot: &'static Slot, regs: Regs) {
+        // When the statement began is near enough, and known already.
+        self.now = pg_compat::statement_start();
+        self.flush(true);
+        self.next_epoch(slot);
+        if slot.reset_pending() || !self.has_served || settings::changed() || self.must_follow_wish(slot) {
+            self.between_statements(slot, regs);
+        }
+        // SAFETY: between two statements the tree is consistent.
+        unsafe { crate::walk::moved::look(self) };
+        if self.ledger.held_bytes() != self.held {
+            self.held = self.ledger.held_bytes();
+            // The statement may have taken long.
+            self.now = now();
+            self.walk.note_held(self.held, self.now);
+        }
+        if self.walk.is_due(self.now) {
+            self.look(slot);
+        }
+        self.looks = LOOK;
+        self.publish(slot);
+    }
+
+    /// What seldom has to be done.
+    #[cold]
+    fn between_statements(&mut self, slot: &'static Slot, regs: Regs) {
+        if let Some(share) = &self.share {
+            self.stacks.anchor(&mut self.unwinder, regs, share);
+        }
+        if slot.reset_pending() {
+            self.forget();
+        }
+        self.query_id = pg_compat::query_id_place();
+        let first = !std::mem::replace(&mut self.has_served, true);
+        self.has_messages = true;
+        slot.has_messages.store(1, Relaxed);
+        self.follow_settings();
+        if first {
+            // The baseline is taken when the next statement begins, if there is one.
+            self.baseline_due = true;
+            hook::ask_about_all(true);
+        }
+    }
+}
+
+/// Before this process reads its own accounts.
+pub fn settle() {
+    guarded(|p| {
+        p.flush(false);
+        if let Some(slot) = p.slot() {
+            p.publish_all(slot);
+        }
+    });
+}
+
+/// Everything is looked at now, at any moment between two statements: names are learned of contexts that were built
+/// to go away and then kept, and what they hold moves to the accounts of where they are.
+pub fn look_at_all() {
+    guarded(|p| {
+        if let Some(slot) = p.slot() {
+            // SAFETY: the caller runs SQL, between two statements of it: the tree is consistent.
+            unsafe { crate::walk::moved::look(p) };
+            p.walk.hurry();
+            p.look(slot);
+        }
+    });
+}
+
+/// A statement has been parsed and is about to run.
+pub fn follow_wish() {
+    // SAFETY: as for `guarded`; most statements find nothing to do.
+    let process = unsafe { current() };
+    if process.slot().is_some_and(|slot| process.must_follow_wish(slot)) {
+        guarded(Process::follow_settings);
+    }
+}
+
+/// In the middle of a long statement.
+pub fn tick() {
+    guarded(|p| {
+        if let Some(slot) = p.slot() {
+            p.look(slot);
+        }
+    });
+}
+
+/// A context is touched for the first time: in a session's second message, before anything of it is allocated in
+/// contexts that stay, the tree is walked for the baseline.
+#[inline]
+pub fn touched() {
+    // SAFETY: as for `guarded`.
+    if unsafe { current() }.baseline_due {
+        guarded(|p| {
+            p.baseline_due = false;
+            p.follow_settings();
+            p.walk.hurry();
+            if let Some(slot) = p.slot() {
+                p.look(slot);
+            }
+        });
+    }
+}
+
+/// The start is over, and a client's first message is about to be read.
+pub fn first_message() {
+    guarded(|p| {
+        if let Some(slot) = p.slot()
+            && !p.has_messages
+        {
+            p.has_messages = true;
+            slot.has_messages.store(1, Relaxed);
+            p.follow_settings();
+        }
+    });
+}
+
+/// A client's message has been dealt with: between two statements, the best moment for everything that takes time.
+///
+/// # Safety
+/// `regs` are those of a call in progress.
+pub unsafe fn message_done(regs: Regs) {
+    // SAFETY: as for `guarded`.
+    let process = unsafe { current() };
+    if process.state == State::Busy {
+        return;
+    }
+    process.enter();
+    let mut state = State::Refused;
+    if process.own_slot.is_some() || process.attach() {
+        state = State::Ready;
+        if let Some(slot) = process.slot() {
+            process.statement_done(slot, regs);
+        }
+    }
+    process.leave(state);
+    if process.walk.has_news() || process.full {
+        tell_the_log();
+    }
+}
+
+#[cold]
+#[inline(never)]
+fn tell_the_log() {
+    crate::walk::log_new_leaks();
+    life::say_if_full();
+}
