@@ -4,7 +4,7 @@ PG_CONFIG ?= pg_config
 # What the bindings are generated from where no server matters; a machine without ~/.pgrx has no other idea.
 export PGRX_PG_CONFIG_PATH ?= /usr/lib/postgresql/15/bin/pg_config
 
-.PHONY: help demo test test-fast install lint bench schema clean
+.PHONY: help demo test test-fast install lint bench corpus schema clean
 
 help:
 	@echo 'make demo                    install what is needed, let a server leak, show rheap finding it'
@@ -14,6 +14,7 @@ help:
 	@echo 'make test-fast               the tests that need no server'
 	@echo 'make lint                    rustfmt and clippy, no warnings'
 	@echo 'make bench SECTIONS=...      what rheap costs, as one table (no SECTIONS: everything, about an hour)'
+	@echo 'make corpus MODE=exact      what rheap says of known leaks and of what only looks like them, as one table'
 	@echo 'make schema                  regenerate sql/ from the code'
 
 demo:
@@ -34,6 +35,9 @@ lint:
 
 bench:
 	@pg_test/scripts/bench.sh $(SECTIONS)
+
+corpus:
+	@pg_test/scripts/corpus.sh "$(PG_CONFIG)" $(or $(MODE),sampled)
 
 schema:
 	@pg_test/scripts/schema.sh sql/rheap--0.1.0.sql
