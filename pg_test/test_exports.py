@@ -34,7 +34,7 @@ def frozen(exact):
     """The pid of a session that leaks, churns, and is stopped: its figures stand still."""
     session = exact.session()
     for _ in range(12):
-        session("SELECT leaky_leak(200, 100), leaky_churn(300, 50)")
+        session("SELECT leaky_leak(200, 1000), leaky_churn(300, 50)")
         time.sleep(0.05)
     session("SELECT leaky_sites(1, 20, 40)")
     session("SELECT pg_sleep(0.3)")
@@ -75,7 +75,7 @@ def test_collapsed_stacks_sum_up_to_the_view(exact, frozen, totals, metric):
     assert folded_sum(text) == totals[metric]
     assert all(line.startswith("client backend;main;") for line in text.splitlines())
     if metric == "live":
-        assert re.search(r";leaky_leak(;MemoryContextAlloc)? 240000$", text, re.M)
+        assert re.search(r";leaky_leak(;MemoryContextAlloc)? 2400000$", text, re.M)
 
 
 @pytest.mark.parametrize("metric", METRICS)
@@ -120,7 +120,7 @@ def test_heaptrack_print_agrees_with_the_view(exact, frozen, totals, tmp_path):
     scale = {"B": 1, "K": 1000, "M": 1000_000}[leaked[2]]
     assert abs(float(leaked[1]) * scale - totals["live"]) <= 0.011 * scale
     top = text.split("MEMORY LEAKS\n")[1].split("\n\n")[0]
-    assert "240.00K leaked over 2400 calls from" in top
+    assert "2.40M leaked over 2400 calls from" in top
     assert "leaky_leak" in top and "leaky.c:" in top
 
 
@@ -150,7 +150,7 @@ def test_pprof_agrees_with_the_view(exact, frozen, totals, tmp_path):
     raw = tool("go", "tool", "pprof", "-raw", file)
     assert "backend_type:[client backend]" in raw and "context:[TopMemoryContext]" in raw and "query_id:[" in raw
     top = tool("go", "tool", "pprof", "-top", "-unit=B", "-sample_index=inuse_space", "-lines", file)
-    assert re.search(r"240000B .*leaky_leak .*leaky\.c:\d+", top) or re.search(r"240000B .*MemoryContextAlloc", top)
+    assert re.search(r"2400000B .*leaky_leak .*leaky\.c:\d+", top) or re.search(r"2400000B .*MemoryContextAlloc", top)
     assert "leaky_leak" in top
 
 
@@ -207,7 +207,7 @@ def test_the_text_has_the_figures_of_the_view_and_fits_a_terminal(exact, frozen,
     assert int(row("allocated")) == totals["allocations"]
     assert int(row("freed again")) == totals["temporary"]
     assert int(row("alive")) == totals["live_count"]
-    assert re.search(r"^LEAK \(\d+ %\): leaky_leak at \S*leaky\.c:\d+\n  234 kB in 2,400 allocations; client backend", text, re.M)
+    assert re.search(r"^LEAK \(\d+ %\): leaky_leak at \S*leaky\.c:\d+\n  2.29 MB in 2,400 allocations; client backend", text, re.M)
     assert "nothing of 2400 allocations freed" in text
 
 
@@ -281,7 +281,7 @@ def test_the_page_loads_without_a_complaint_and_asks_no_one(page, frozen):
 
 def test_the_page_shows_the_leak_with_its_reason_and_growth(page):
     [leak] = page.run("return [...document.querySelectorAll('.leak')].map(l => l.textContent)")
-    assert "leaky_leak" in leak and "nothing of 2400 allocations freed" in leak and "234 kB" in leak
+    assert "leaky_leak" in leak and "nothing of 2400 allocations freed" in leak and "2.29 MB" in leak
     charts = page.run("return [...document.querySelectorAll('.chart polyline')].map(l => l.getAttribute('points').split(' ').length)")
     assert charts and min(charts) > 1
     assert "TopMemoryContext" in page.run("return document.querySelector('.chart').textContent")

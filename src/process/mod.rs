@@ -101,6 +101,8 @@ pub struct Process {
     unseen: u64,
     /// Some table was full, which the log may still have to hear.
     full: bool,
+    /// SQL functions have answered since the last message.
+    has_answered: bool,
 }
 
 #[repr(transparent)]
@@ -141,6 +143,7 @@ pub static PROCESS: Global = Global(UnsafeCell::new(Process {
     bp: 0,
     unseen: 0,
     full: false,
+    has_answered: false,
 }));
 
 /// This process's state.

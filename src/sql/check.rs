@@ -204,7 +204,7 @@ fn rheap_check(
     ),
 > {
     let findings = check("rheap_check", statement, repeat, warmup);
-    super::given_back(findings.into_iter().map(move |f| {
+    TableIterator::new(findings.into_iter().map(move |f| {
         let per_call = |n: i64| n as f64 / repeat as f64;
         let (bytes, count) = (f.kept.bytes, f.kept.count);
         (f.function, f.location, f.context, per_call(bytes), per_call(count), bytes, count, f.stack)

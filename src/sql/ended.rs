@@ -67,5 +67,5 @@ fn rheap_ended() -> TableIterator<
             ));
         }
     }
-    super::given_back(rows.into_iter())
+    TableIterator::new(rows)
 }

@@ -37,7 +37,7 @@ fn rheap_leaks(
         name!(stack, Vec<String>),
     ),
 > {
-    super::given_back(leaks("rheap_leaks", pid).into_iter().map(|(g, frames, at, query_id)| {
+    TableIterator::new(leaks("rheap_leaks", pid).into_iter().map(|(g, frames, at, query_id)| {
         (
             g.judgement.verdict.name().into(),
             g.judgement.confidence,
@@ -93,7 +93,7 @@ fn rheap_call_sites(
     ),
 > {
     let rows = gather("rheap_call_sites", pid, Fold::Nothing, |_| true);
-    super::given_back(named(rows).into_iter().map(|(g, frames, at, query_id)| {
+    TableIterator::new(named(rows).into_iter().map(|(g, frames, at, query_id)| {
         (
             g.judgement.verdict.name().into(),
             g.judgement.confidence,

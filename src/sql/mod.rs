@@ -19,7 +19,6 @@ use core::ffi::CStr;
 use std::sync::atomic::Ordering::*;
 
 use pgrx::datum::TimestampWithTimeZone;
-use pgrx::iter::TableIterator;
 use pgrx::pg_sys::panic::ErrorReport;
 use pgrx::{PgLogLevel, PgSqlErrorCode, pg_sys};
 
@@ -72,7 +71,10 @@ fn share() -> Share {
     }
     // SAFETY: between two hooks; only copied.
     match unsafe { process::current() }.share {
-        Some(share) if hook::is_hooked() => share,
+        Some(share) if hook::is_hooked() => {
+            process::answers();
+            share
+        }
         _ => refuse(
             PgSqlErrorCode::ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE,
             "rheap is not loaded".into(),
@@ -115,31 +117,6 @@ fn backend_type_name(kind: i32) -> String {
     }
     // SAFETY: returns a static string for any number.
     unsafe { CStr::from_ptr(pg_sys::GetBackendTypeDesc(kind as _)) }.to_string_lossy().into_owned()
-}
-
-/// Rows for SQL. When the last has been taken, or none is wanted any more, the pages that they took go back to the
-/// system: the C library would keep them under the memory that the session has allocated meanwhile.
-fn given_back<'a, T: 'a>(rows: impl Iterator<Item = T> + 'a) -> TableIterator<'a, T> {
-    struct Rows<I>(Option<I>);
-    impl<I: Iterator> Iterator for Rows<I> {
-        type Item = I::Item;
-        fn next(&mut self) -> Option<I::Item> {
-            self.0.as_mut()?.next()
-        }
-    }
-    impl<I> Drop for Rows<I> {
-        fn drop(&mut self) {
-            self.0 = None;
-            give_back();
-        }
-    }
-    TableIterator::new(Rows(Some(rows)))
-}
-
-/// Returns the free pages of the C heap to the system.
-fn give_back() {
-    // SAFETY: touches nothing in use.
-    unsafe { libc::malloc_trim(0) };
 }
 
 fn timestamp(micros: i64) -> Option<TimestampWithTimeZone> {

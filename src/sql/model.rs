@@ -9,14 +9,9 @@ use super::{contexts::contexts, processes::processes};
 use crate::exports::{Call, Leak, Model, Site};
 use crate::symbols::{Frame, Symbols, place};
 
-/// Writes something from what is known of one process or of all now. The memory that took is given back before this
-/// returns.
+/// Writes something from what is known of one process or of all now.
 pub fn with_model<T>(function: &str, pid: Option<i32>, write: impl FnOnce(&Model) -> T) -> T {
-    let model = model(function, pid);
-    let written = write(&model);
-    drop(model);
-    super::give_back();
-    written
+    write(&model(function, pid))
 }
 
 fn model(function: &str, pid: Option<i32>) -> Model {
