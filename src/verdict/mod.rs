@@ -171,7 +171,8 @@ pub fn judge(e: &Evidence) -> Judgement {
     let held = e.series.iter().filter(|&&(_, bytes)| bytes > 0).count();
     let held = if windows > 1 { format!("held in {held} of the last {windows} windows, ") } else { String::new() };
     let many = if e.contexts > 0 { format!("{} contexts of one kind, ", e.contexts) } else { String::new() };
-    let per_unit = bytes(e.live_bytes / span(e).max(1));
+    let units = span(e).max(1);
+    let per_unit = bytes((e.live_bytes + units / 2) / units);
     let unit = e.unit.split(' ').next().unwrap_or_default().trim_end_matches('s');
     let reason = format!("{many}{held}{fate}, {per_unit} per {unit}, {ages}{}", e.since());
     done(if confidence >= 0.5 { Verdict::Leak } else { Verdict::Suspect }, confidence.min(0.99), reason)
