@@ -6,7 +6,7 @@
 
 use super::entries::Record;
 use super::region::{Budget, Region};
-use super::table::{Entry, Table};
+use super::table::{Entry, Table, mix};
 
 /// Addresses of a stretch share all bits above this one.
 const STRETCH: u32 = 10;
@@ -29,6 +29,13 @@ impl Entry for Stretch {
     }
     fn set_chain(&mut self, next: u32) {
         self.chain = next;
+    }
+
+    /// Neighbours have their buckets, and with them what else hangs there, on one cache line.
+    #[inline]
+    fn hash(key: u64) -> usize {
+        const NEAR: u64 = 16;
+        mix(key / NEAR).wrapping_mul(NEAR as usize) + (key % NEAR) as usize
     }
 }
 

@@ -11,6 +11,12 @@ pub trait Entry: Copy {
     /// Id of the next entry in the same bucket, 0 at the end.
     fn chain(&self) -> u32;
     fn set_chain(&mut self, next: u32);
+
+    /// Its low bits choose the bucket.
+    #[inline]
+    fn hash(key: u64) -> usize {
+        mix(key)
+    }
 }
 
 /// Entries by key. Ids start at 1; 0 is "none".
@@ -28,7 +34,7 @@ pub struct Table<E> {
 const FIRST_BUCKETS: usize = 1024;
 
 #[inline]
-fn hash(key: u64) -> usize {
+pub fn mix(key: u64) -> usize {
     let x = key.wrapping_mul(0x9E37_79B9_7F4A_7C15);
     (x ^ (x >> 32)) as usize
 }
@@ -50,7 +56,7 @@ impl<E: Entry> Table<E> {
 
     #[inline]
     fn bucket(&self, key: u64) -> usize {
-        let h = hash(key);
+        let h = E::hash(key);
         let bucket = h & self.mask;
         if bucket < self.bucket_count { bucket } else { h & (self.mask >> 1) }
     }
