@@ -4,7 +4,7 @@ use std::hint::black_box;
 
 use criterion::{BatchSize, Criterion, criterion_group, criterion_main};
 use rheap::ledger::account::{Site, Stamp};
-use rheap::ledger::{Decision, Ledger, Sites};
+use rheap::ledger::{Decision, Due, Ledger, Sites};
 
 struct Accounts(Vec<Site>);
 
@@ -32,7 +32,7 @@ fn filled(sites: &Accounts, records: u64) -> Ledger {
     for i in 0..records {
         alloc(&mut ledger, sites, BASE + i * 136);
     }
-    ledger.flush(true, STAMP, sites);
+    ledger.flush(Due::Statement, STAMP, sites);
     ledger
 }
 
@@ -58,7 +58,7 @@ fn ledger(c: &mut Criterion) {
                     for i in from..from + 1000 {
                         alloc(&mut ledger, &sites, BASE + i * 136);
                     }
-                    ledger.flush(true, STAMP, &sites);
+                    ledger.flush(Due::Statement, STAMP, &sites);
                     for i in from..from + 1000 {
                         ledger.free(BASE + i * 136, STAMP, &sites);
                     }

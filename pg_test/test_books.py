@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
-from cluster import HERE, Cluster, run
+from cluster import HERE, Cluster, demote, run
 
 
 @pytest.fixture
@@ -47,6 +47,37 @@ def test_a_leak_is_counted_to_the_byte(exact, session):
     row = site(exact, session.pid, "leaky_leak")
     assert books(row) == (1500, 150_000, 0, 0, 1500, 150_000)
     assert (row["context"], row["exact"]) == ("TopMemoryContext", True)
+
+
+def test_a_leak_in_an_open_transaction_is_seen_at_once(exact, session):
+    session("BEGIN")
+    for n in (1, 2, 3):
+        session("SELECT leaky_leak(10, 100), leaky_churn(10, 100)")
+        assert books(site(exact, session.pid, "leaky_leak")) == (10 * n, 1000 * n, 0, 0, 10 * n, 1000 * n)
+    session("COMMIT")
+
+
+@pytest.mark.parametrize("block", [False, True])
+def test_a_statement_of_several_messages_is_counted_to_the_byte(exact, block):
+    """Bind, describe, execute and sync are one message each."""
+    statements = ["SELECT leaky_leak(10, 100), leaky_churn(10, 100);"] * 2
+    script = exact.root / "messages.sql"
+    script.write_text("\n".join(["BEGIN;", *statements, "COMMIT;"] if block else statements) + "\n\\sleep 20 ms\n")
+    client = subprocess.Popen(
+        [exact.bin / "pgbench", "-n", "-f", script, "-M", "prepared", "-t", "100", *exact.target()[:-2], "postgres"],
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd="/", **demote())
+    seen = []
+    while client.poll() is None:
+        rows = exact.rows(
+            "SELECT live_count, live_bytes, alloc_count FROM rheap_call_sites() WHERE function = 'leaky_leak' AND pid IN "
+            "(SELECT pid FROM pg_stat_activity WHERE application_name = 'pgbench')")
+        seen += [r["live_count"] for r in rows]
+        assert all(r["live_bytes"] == 100 * r["live_count"] and r["alloc_count"] == r["live_count"] for r in rows), rows
+    assert client.returncode == 0, client.stdout.read()
+    assert len(set(seen)) > 5 and seen == sorted(seen), seen
+    [left] = exact.rows(
+        "SELECT live_count, live_bytes FROM rheap_ended() WHERE function = 'leaky_leak' ORDER BY ended_at DESC LIMIT 1")
+    assert (left["live_count"], left["live_bytes"]) == (2000, 200_000)
 
 
 def test_what_is_freed_is_counted_as_freed(exact, session):

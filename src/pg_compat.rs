@@ -128,6 +128,28 @@ pub fn statement_start() -> i64 {
     unsafe { GetCurrentStatementStartTimestamp() }
 }
 
+/// A transaction is going on that nobody has begun with a statement of its own. Between two messages: more are to come
+/// of a statement that is bound, described and executed by one each.
+#[inline(always)]
+pub fn in_implicit_transaction() -> bool {
+    // Declared here as above.
+    unsafe extern "C-unwind" {
+        fn IsTransactionOrTransactionBlock() -> bool;
+    }
+    // SAFETY: reads a variable of the server.
+    unsafe { IsTransactionOrTransactionBlock() && !in_transaction_block() }
+}
+
+/// A transaction is going on that has begun with BEGIN.
+#[inline(always)]
+pub fn in_transaction_block() -> bool {
+    unsafe extern "C-unwind" {
+        fn IsTransactionBlock() -> bool;
+    }
+    // SAFETY: reads a variable of the server.
+    unsafe { IsTransactionBlock() }
+}
+
 /// Where the id of the statement at hand is to be read before the process has a status entry.
 pub static NO_QUERY_ID: i64 = 0;
 

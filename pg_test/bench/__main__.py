@@ -17,6 +17,8 @@ def main(pg15, pg17, leaks, *wanted):
     sections = {
         "instructions15": lambda: instructions.rows(pg15, 15),
         "instructions17": lambda: instructions.rows(pg17, 17),
+        "protocol15": lambda: instructions.client_rows(pg15, 15),
+        "protocol17": lambda: instructions.client_rows(pg17, 17),
         "captures": captures.rows,
         "leaked": lambda: servers.leaked_pallocs(leaks),
         "storm": lambda: servers.connection_storm(pg15),

@@ -2,8 +2,10 @@
 digits, whatever else the machine does."""
 
 import shutil
+import signal
 import subprocess
 import tempfile
+import time
 from pathlib import Path
 
 from cluster import USER, demote, run
@@ -36,9 +38,43 @@ class SingleUser:
     def counted(self, statements, settings):
         out = self.root / "callgrind"
         self.single(statements, *settings, under=["valgrind", "--tool=callgrind", f"--callgrind-out-file={out}"])
-        totals = [l for l in out.read_text().splitlines() if l.startswith(("summary:", "totals:"))]
-        out.unlink()
-        return int(totals[-1].split()[1])
+        return self.total(out)
+
+    def of_a_backend(self, transactions, settings):
+        """Instructions of the backend of a client that runs so many point selects over the extended protocol."""
+        for old in self.root.glob("callgrind.*"):
+            old.unlink()
+        server = subprocess.Popen(
+            ["valgrind", "--tool=callgrind", f"--callgrind-out-file={self.root}/callgrind.%p", str(self.bin / "postgres"),
+             "-D", str(self.root / "data"), "-k", str(self.root), "-c", "listen_addresses=", "-c", "autovacuum=off", *settings],
+            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd="/", **demote(),
+        )
+        target = ["-h", str(self.root), "-U", "postgres"]
+        try:
+            until = time.monotonic() + 120
+            while run(self.bin / "pg_isready", "-q", *target, check=False).returncode != 0:
+                if time.monotonic() > until:
+                    raise RuntimeError("the server under callgrind does not start")
+                time.sleep(0.2)
+            script = self.root / "select.sql"
+            script.write_text("\\set aid random(1, 100000)\nSELECT balance FROM accounts WHERE aid = :aid;\n")
+            run(self.bin / "pgbench", "-n", "-f", script, "-M", "prepared", "-t", str(transactions), "--random-seed=1",
+                *target, "postgres")
+        finally:
+            # The backend writes its file when it ends, which is before the server does.
+            server.send_signal(signal.SIGINT)
+            server.wait(timeout=120)
+        # Of all processes it has done most.
+        return max(self.total(out) for out in self.root.glob("callgrind.*"))
+
+    @staticmethod
+    def total(out):
+        lines = [l for l in out.read_text().splitlines() if l.startswith(("summary:", "totals:"))]
+        return int(lines[-1].split()[1])
+
+    def per_transaction(self, n, settings=()):
+        """Instructions of one more point select of a client."""
+        return (self.of_a_backend(2 * n, settings) - self.of_a_backend(n, settings)) / n
 
     def per_statement(self, statements, n, settings=()):
         """Instructions of one more statement; `statements(n)` gives n of them."""
@@ -60,6 +96,15 @@ def point_selects(n):
 def bound_by_palloc(n):
     # A row more is a statement more here: the query is one, over n rows.
     return f"SELECT sum(length(random()::text)) FROM generate_series(1, {n})\n"
+
+
+def client_rows(pg_config, major):
+    with SingleUser(pg_config) as server:
+        base = server.per_transaction(1000)
+        yield f"{major}: a client's point select, extended protocol, without rheap", f"{base:,.0f} instructions", ""
+        for mode in ("sampled", "exact"):
+            value = server.per_transaction(1000, settings(mode))
+            yield f"{major}: a client's point select, extended protocol, {mode}", percent(base, value), ""
 
 
 def settings(mode, scope="session"):

@@ -167,6 +167,11 @@ impl Site {
         }
     }
 
+    /// Whether everything that was allocated here has been freed. Owner only.
+    pub fn frees_all(&self) -> bool {
+        self.alloc_count.load(Relaxed) > 0 && self.live_count.load(Relaxed) == 0
+    }
+
     /// Notes when the first allocation was. To be called before `pair`.
     pub fn begin(&self, epoch: u32, now: i64) {
         if self.first_epoch.load(Relaxed) == 0 {

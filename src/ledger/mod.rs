@@ -27,6 +27,7 @@ use index::Index;
 use pending::Pending;
 use region::Budget;
 use sampling::{ONE, Rate, Rates, Rng};
+pub use short_lived::Due;
 use table::Table;
 
 /// Where the accounts lie: in shared memory for a server process, in a vector for a test.

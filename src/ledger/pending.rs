@@ -3,6 +3,8 @@
 
 /// A power of two; more chunks than this at once only cost records that would not have been needed.
 const PLACES: usize = 256;
+/// A power of two; of so many chunks it is remembered where they were put.
+const RECENT: usize = 64;
 
 /// A chunk, but for its address.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
@@ -24,12 +26,16 @@ pub struct Pending {
     /// Chunks taken in and given out, ever.
     pub put: u64,
     pub taken: u64,
+    /// Places of the latest chunks, by their number.
+    recent: [u8; RECENT],
+    /// Chunks that `next_recent` has passed.
+    looked: u64,
 }
 
 impl Pending {
     pub const fn new() -> Self {
         const NONE: Chunk = Chunk { size: 0, context: 0, site: 0, epoch: 0, cell: 0, level: 0 };
-        Pending { addresses: [0; PLACES], chunks: [NONE; PLACES], put: 0, taken: 0 }
+        Pending { addresses: [0; PLACES], chunks: [NONE; PLACES], put: 0, taken: 0, recent: [0; RECENT], looked: 0 }
     }
 
     #[inline(always)]
@@ -44,9 +50,7 @@ impl Pending {
         if self.addresses[place] != 0 {
             return false;
         }
-        self.put += 1;
-        self.addresses[place] = address;
-        self.chunks[place] = chunk;
+        self.fill(place, address, chunk);
         true
     }
 
@@ -56,11 +60,17 @@ impl Pending {
         let place = Self::place(address);
         let old = self.addresses[place];
         let displaced = if old != 0 { Some((old, self.chunks[place])) } else { None };
-        self.put += 1;
         self.taken += (old != 0) as u64;
+        self.fill(place, address, chunk);
+        displaced
+    }
+
+    #[inline(always)]
+    fn fill(&mut self, place: usize, address: u64, chunk: Chunk) {
+        self.recent[self.put as usize % RECENT] = place as u8;
+        self.put += 1;
         self.addresses[place] = address;
         self.chunks[place] = chunk;
-        displaced
     }
 
     #[inline(always)]
@@ -99,10 +109,31 @@ impl Pending {
         None
     }
 
+    /// The same among the chunks that were taken in since all of them were last passed, by this; it may pass some that
+    /// were passed before, where those were too many to remember.
+    pub fn next_recent(&mut self, wanted: impl Fn(&Chunk) -> bool) -> Option<(u64, Chunk)> {
+        if self.put - self.looked > RECENT as u64 {
+            let found = self.next(&mut 0, wanted);
+            if found.is_none() {
+                self.looked = self.put;
+            }
+            return found;
+        }
+        while self.looked < self.put {
+            let place = self.recent[self.looked as usize % RECENT] as usize;
+            self.looked += 1;
+            if self.addresses[place] != 0 && wanted(&self.chunks[place]) {
+                self.taken += 1;
+                return Some((std::mem::take(&mut self.addresses[place]), self.chunks[place]));
+            }
+        }
+        None
+    }
+
     pub fn clear(&mut self) {
         if !self.is_empty() {
             self.addresses.fill(0);
         }
-        (self.put, self.taken) = (0, 0);
+        (self.put, self.taken, self.looked) = (0, 0, 0);
     }
 }

@@ -9,6 +9,18 @@ use super::{Ledger, Precision, Sites};
 /// sees those of all contexts.
 const FILTERED: bool = cfg!(not(feature = "pg15"));
 
+/// Why pending chunks get their records.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Due {
+    /// Somebody looks.
+    Look,
+    /// A statement has ended.
+    Statement,
+    /// A message has, within a transaction block. A statement may take four, and what runs it lives on from one to
+    /// the next: chunks of call sites that have freed everything so far stay pending.
+    Message,
+}
+
 impl Ledger {
     /// Every allocation is recorded: there is nothing to ask.
     #[inline(always)]
@@ -99,11 +111,18 @@ impl Ledger {
         self.pending.put
     }
 
-    /// Everything that is pending gets its record. Due when a statement has `ended`, and before anybody looks.
-    pub fn flush(&mut self, ended: bool, stamp: Stamp, sites: &impl Sites) {
+    /// What is pending gets its record.
+    pub fn flush(&mut self, due: Due, stamp: Stamp, sites: &impl Sites) {
+        if due == Due::Message {
+            let stays = |chunk: &Chunk| !sites.site(chunk.site).frees_all();
+            while let Some((address, chunk)) = self.pending.next_recent(stays) {
+                self.settle(address, chunk, stamp, sites);
+            }
+            return;
+        }
         let mut from = 0;
         while let Some((address, chunk)) = self.pending.next(&mut from, |_| true) {
-            if ended {
+            if due == Due::Statement {
                 self.cells.kept(chunk.cell);
             }
             self.settle(address, chunk, stamp, sites);

@@ -91,6 +91,8 @@ enum Op {
         context: u64,
         path: u32,
     },
+    /// A message of several that make a statement.
+    Message,
     Work,
 }
 
@@ -105,6 +107,7 @@ fn op() -> impl Strategy<Value = Op> {
         1 => context().prop_map(|context| Op::Reset { context }),
         1 => context().prop_map(|context| Op::Delete { context }),
         1 => (context(), 1..7u32).prop_map(|(context, path)| Op::Reparent { context, path }),
+        2 => Just(Op::Message),
         2 => Just(Op::Work),
     ]
 }
@@ -164,7 +167,7 @@ proptest! {
                     alloc(&mut ledger, &sites, address(chunk), size, context * 64, context as u32, stack, epoch);
                     if model.live.contains_key(&address(chunk)) {
                         // A free was missed: the old record goes when the new one is made.
-                        ledger.flush(true, at(epoch), &sites);
+                        ledger.flush(Due::Statement, at(epoch), &sites);
                     }
                     model.alloc(address(chunk), size, context, stack);
                 }
@@ -176,7 +179,7 @@ proptest! {
                     if let Some(old) = model.live.remove(&address(chunk)) {
                         ledger.free(address(chunk), at(epoch), &sites);
                         alloc(&mut ledger, &sites, address(to), size, old.context * 64, old.path, stack, epoch);
-                        ledger.flush(true, at(epoch), &sites);
+                        ledger.flush(Due::Statement, at(epoch), &sites);
                         model.alloc(address(to), size, old.context, stack);
                     }
                 }
@@ -192,16 +195,20 @@ proptest! {
                 }
                 Op::Reparent { context, path } => {
                     model.reparent(context, path);
-                    ledger.flush(true, at(epoch), &sites);
+                    ledger.flush(Due::Statement, at(epoch), &sites);
                     ledger.reparent(context * 64, path, &sites, |l, s, p, _| Some(open(l, &sites, s, p)));
                 }
+                Op::Message => {
+                    ledger.flush(Due::Message, at(epoch), &sites);
+                    epoch += 1;
+                }
                 Op::Work => {
-                    ledger.flush(true, at(epoch), &sites);
+                    ledger.flush(Due::Statement, at(epoch), &sites);
                     epoch += 1;
                 }
             }
         }
-        ledger.flush(true, at(epoch), &sites);
+        ledger.flush(Due::Statement, at(epoch), &sites);
         prop_assert!(model.live.keys().all(|&a| ledger.filter.may_have(a)));
         prop_assert_eq!(ledger.records(), model.live.len());
         prop_assert_eq!(ledger.held_bytes(), model.live.values().map(|c| c.size).sum::<u64>());
@@ -266,7 +273,7 @@ fn churn(ledger: &mut Ledger, sites: &Accounts, n: u64) -> [(u64, u64); 2] {
         }
         ledger.free(address(n + i), at(1), sites);
     }
-    ledger.flush(true, at(1), sites);
+    ledger.flush(Due::Statement, at(1), sites);
     [(n / 2, n / 2 * 120), (0, 0)]
 }
 
@@ -313,12 +320,35 @@ fn an_address_that_is_allocated_again_ends_the_record_whose_free_was_missed() {
     let mut ledger = Ledger::new(1 << 22, 1);
     alloc(&mut ledger, &sites, address(1), 100, 64, 1, 1, 1);
     alloc(&mut ledger, &sites, address(1), 50, 64, 1, 2, 1);
-    ledger.flush(true, at(1), &sites);
+    ledger.flush(Due::Statement, at(1), &sites);
     alloc(&mut ledger, &sites, address(1), 50, 64, 1, 2, 2);
-    ledger.flush(true, at(2), &sites);
+    ledger.flush(Due::Statement, at(2), &sites);
     assert_eq!(ledger.records(), 1);
     assert_eq!(sites.site(9).copy().map(|c| (c.live_count, c.live_bytes)), Some((0, 0)));
     assert_eq!(sites.site(17).copy().map(|c| (c.live_count, c.live_bytes)), Some((1, 50)));
+}
+
+#[test]
+fn between_messages_of_a_statement_only_what_was_always_freed_stays_pending() {
+    for others in [0, 100] {
+        let sites = accounts();
+        let mut ledger = Ledger::new(1 << 22, 1);
+        let live = |site: u32| sites.site(site).copy().map(|c| c.live_count);
+        // Stack 1 frees what it allocates, stack 2 is new, and so are more than are remembered one by one.
+        alloc(&mut ledger, &sites, address(1), 10, 64, 1, 1, 1);
+        ledger.free(address(1), at(1), &sites);
+        for i in 0..others {
+            alloc(&mut ledger, &sites, address(100 + i), 10, 64, 1, 3, 1);
+        }
+        alloc(&mut ledger, &sites, address(1), 10, 64, 1, 1, 1);
+        alloc(&mut ledger, &sites, address(2), 10, 64, 1, 2, 1);
+        ledger.flush(Due::Message, at(1), &sites);
+        assert_eq!((live(9), live(17), ledger.records()), (Some(0), Some(1), 1 + others as usize));
+        ledger.flush(Due::Message, at(2), &sites);
+        assert_eq!(live(9), Some(0));
+        ledger.flush(Due::Statement, at(3), &sites);
+        assert_eq!((live(9), ledger.records()), (Some(1), 2 + others as usize));
+    }
 }
 
 #[test]
@@ -329,7 +359,7 @@ fn a_recycled_header_is_a_new_context() {
     ledger.delete(64, at(1), &sites);
     assert_eq!(ledger.reset(64, at(1), &sites), 0, "the nested reset of a deleted context finds nothing");
     alloc(&mut ledger, &sites, address(2), 10, 64, 2, 1, 1);
-    ledger.flush(true, at(1), &sites);
+    ledger.flush(Due::Statement, at(1), &sites);
     let id = ledger.context(64);
     assert_eq!(ledger.context_path(id), 2);
     assert_eq!(ledger.context_holds(64), (1, 10));
@@ -344,7 +374,7 @@ fn generations_count_distinct_epochs_with_survivors() {
         alloc(&mut ledger, &sites, address(4 * epoch as u64), 8, 64, 1, 1, epoch);
         alloc(&mut ledger, &sites, address(4 * epoch as u64 + 1), 8, 64, 1, 1, epoch);
         alloc(&mut ledger, &sites, address(4 * epoch as u64 + 2), 8, 64, 1, 2, epoch);
-        ledger.flush(true, at(epoch), &sites);
+        ledger.flush(Due::Statement, at(epoch), &sites);
         ledger.free(address(4 * (epoch as u64 - 1) + 2), at(epoch), &sites);
     }
     let generations = |site: u32| sites.site(site).copy().unwrap().bins.iter().map(|b| b.1).sum::<u32>();
@@ -363,6 +393,6 @@ fn clearing_gives_all_memory_back() {
     ledger.clear();
     assert_eq!((ledger.own_bytes(), ledger.records()), (0, 0));
     alloc(&mut ledger, &sites, address(1), 10, 64, 1, 1, 1);
-    ledger.flush(true, at(1), &sites);
+    ledger.flush(Due::Statement, at(1), &sites);
     assert_eq!(ledger.context_holds(64), (1, 10));
 }

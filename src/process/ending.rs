@@ -4,6 +4,7 @@ use std::fmt::Write;
 use std::sync::atomic::Ordering::*;
 
 use super::{Process, State, current, precisely_now};
+use crate::ledger::Due;
 use crate::ledger::account::Site;
 use crate::settings;
 use crate::share::Share;
@@ -17,7 +18,7 @@ impl Process {
         let (Some(share), Some(slot)) = (self.share, self.slot()) else { return };
         // A signal handler may have ended the process in the middle of a hook.
         if self.state == State::Ready || self.state == State::Alone {
-            self.flush(true);
+            self.flush(Due::Look);
         }
         if slot.reset_pending() || slot.mode.load(Relaxed) == settings::Mode::Off as u32 {
             return;

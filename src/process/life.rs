@@ -7,8 +7,8 @@ use pgrx::pg_sys;
 
 use super::{ASIDE, Process, SITES_PART, State, backend_type, current, now};
 use crate::hook;
-use crate::ledger::Precision;
 use crate::ledger::account::Site;
+use crate::ledger::{Due, Precision};
 use crate::pg_compat;
 use crate::settings::{self, Mode};
 use crate::share::Share;
@@ -194,7 +194,7 @@ impl Process {
             _ => Precision::None { ask: false },
         };
         if precision != self.ledger.precision() {
-            self.flush(false);
+            self.flush(Due::Look);
             self.ledger.set_precision(precision);
         }
         hook::record_all(precision == Precision::Exact);
@@ -250,7 +250,7 @@ pub fn check(on: bool) -> bool {
     let possible = process.own_slot.is_some() || process.attach();
     if possible {
         process.checking = on;
-        process.flush(false);
+        process.flush(Due::Look);
         process.follow_settings();
     }
     process.leave(process.state_at_rest());

@@ -3,6 +3,7 @@
 use std::sync::atomic::Ordering::*;
 
 use super::{Process, State, current, guarded, life, now};
+use crate::ledger::Due;
 use crate::share::slot::{POSTMASTER, Slot};
 use crate::stack::Regs;
 use crate::{hook, pg_compat, settings};
@@ -27,26 +28,26 @@ impl Process {
                 self.next_epoch(slot);
             }
             self.walked_epoch = self.epoch;
-            self.flush(false);
+            self.flush(Due::Look);
             // SAFETY: at the exit of a palloc or between two messages, where the tree is consistent.
             unsafe { crate::walk::walk(self, slot) };
             self.publish_all(slot);
         }
     }
 
-    /// Puts everything into the accounts that is not there yet.
+    /// Puts what is not there yet into the accounts.
     #[inline(always)]
-    pub fn flush(&mut self, ended: bool) {
+    pub fn flush(&mut self, due: Due) {
         if !self.ledger.is_settled() {
-            self.flush_some(ended);
+            self.flush_some(due);
         }
     }
 
     #[inline(never)]
-    fn flush_some(&mut self, ended: bool) {
+    fn flush_some(&mut self, due: Due) {
         let stamp = self.stamp();
         if let Some(share) = &self.share {
-            self.ledger.flush(ended, stamp, share);
+            self.ledger.flush(due, stamp, share);
         }
     }
 
@@ -55,7 +56,7 @@ impl Process {
     fn statement_done(&mut self, slot: &'static Slot, regs: Regs) {
         // When the statement began is near enough, and known already.
         self.now = pg_compat::statement_start();
-        self.flush(true);
+        self.flush(if pg_compat::in_transaction_block() { Due::Message } else { Due::Statement });
         self.next_epoch(slot);
         if slot.reset_pending() || !self.has_served || settings::changed() || self.must_follow_wish(slot) {
             self.between_statements(slot, regs);
@@ -100,7 +101,7 @@ impl Process {
 /// Before this process reads its own accounts.
 pub fn settle() {
     guarded(|p| {
-        p.flush(false);
+        p.flush(Due::Look);
         if let Some(slot) = p.slot() {
             p.publish_all(slot);
         }
@@ -175,7 +176,7 @@ pub fn first_message() {
 pub unsafe fn message_done(regs: Regs) {
     // SAFETY: as for `guarded`.
     let process = unsafe { current() };
-    if process.state == State::Busy {
+    if process.state == State::Busy || process.has_served && pg_compat::in_implicit_transaction() {
         return;
     }
     process.enter();

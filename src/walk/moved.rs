@@ -3,6 +3,7 @@
 //! watched from birth, and their books move with them.
 
 use crate::hook;
+use crate::ledger::Due;
 use crate::pg_compat::MemoryContext;
 use crate::process::Process;
 use pgrx::pg_sys;
@@ -19,8 +20,7 @@ impl Moved {
     }
 }
 
-/// Learns from what has moved since the last look. Between two statements, with nothing pending; a few loads when
-/// nothing has moved.
+/// Learns from what has moved since the last look. Between two statements; a few loads when nothing has moved.
 ///
 /// # Safety
 /// The tree is consistent.
@@ -52,6 +52,8 @@ pub unsafe fn look(process: &mut Process) {
 unsafe fn look_at_new(process: &mut Process, first: MemoryContext, last: MemoryContext) {
     // SAFETY: the caller's promise.
     unsafe {
+        // What a moved context holds can move with it only where it has records.
+        process.flush(Due::Look);
         let mut context = first;
         for _ in 0..NEIGHBOURS {
             if context.is_null() || context == last {
