@@ -349,6 +349,7 @@ impl Site {
     fn copy_unchecked(&self) -> SiteCopy {
         let count = |c: &AtomicU64| whole(c.load(Relaxed));
         let (alloc_count, alloc_bytes) = (count(&self.alloc_count), count(&self.alloc_bytes));
+        let (first_seen, last_seen) = (self.first_seen.load(Relaxed), self.last_seen.load(Relaxed));
         SiteCopy {
             stack: self.stack.load(Relaxed),
             path: self.path.load(Relaxed),
@@ -359,8 +360,9 @@ impl Site {
             // exceed the truth of what there was.
             live_count: count(&self.live_count).min(alloc_count),
             live_bytes: count(&self.live_bytes).min(alloc_bytes),
-            first_seen: self.first_seen.load(Relaxed),
-            last_seen: self.last_seen.load(Relaxed),
+            first_seen,
+            // The clock that is cheap lags behind the other by some milliseconds.
+            last_seen: if last_seen == 0 { 0 } else { last_seen.max(first_seen) },
             query_id: self.query_id.load(Relaxed),
             first_epoch: self.first_epoch.load(Relaxed),
             last_epoch: self.last_epoch.load(Relaxed),
