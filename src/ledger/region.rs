@@ -108,7 +108,7 @@ impl<T: Copy> Region<T> {
         let old: *mut libc::c_void = base.as_ptr().cast();
         // SAFETY: the new range is reserved first, so that the move replaces nothing; what of it is not used goes back.
         unsafe {
-            if old as usize % HUGE == 0 && libc::mremap(old, self.bytes, bytes, 0) != libc::MAP_FAILED {
+            if (old as usize).is_multiple_of(HUGE) && libc::mremap(old, self.bytes, bytes, 0) != libc::MAP_FAILED {
                 return old;
             }
             let reserved = map(bytes + HUGE, libc::PROT_NONE);
