@@ -34,7 +34,7 @@ SHORT = "SELECT leaky_leak(1000, 100), leaky_churn(20, 100);\n"
 
 
 def test_no_reader_sees_a_torn_row_and_no_writer_waits(slow_server):
-    with Cluster(slow_server, rheap__mode="exact", rheap__walk_interval="10ms", rheap__memory_limit="512MB") as cluster:
+    with Cluster(slow_server, rheap__mode="exact", rheap__walk_interval="10ms") as cluster:
         cluster.run_file(HERE / "modules/leaky.sql")
 
         def client(name, script, clients, *more):
