@@ -101,7 +101,7 @@ def test_settings_have_the_defaults_of_the_contract(exact):
         "SELECT string_agg(name || '=' || boot_val || coalesce(unit, ''), ' ' ORDER BY name) FROM pg_settings WHERE name LIKE 'rheap.%'"
     )
     assert defaults == (
-        "rheap.adopt_bytes=65536kB rheap.log_leaks=off rheap.max_call_sites=32768 rheap.memory_limit=32768kB "
+        "rheap.adopt_bytes=65536kB rheap.log_leaks=off rheap.max_call_sites=131072 rheap.memory_limit=32768kB "
         "rheap.min_leak_bytes=64kB rheap.mode=sampled rheap.sample_bytes=4096B rheap.scope=session "
         "rheap.stack_depth=48 rheap.walk_interval=10000ms"
     )

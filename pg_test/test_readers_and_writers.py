@@ -17,7 +17,7 @@ DECLARE torn bigint; example text;
 BEGIN
     SELECT count(*), min(t::text) INTO torn, example FROM rheap_call_sites t WHERE alloc_count - free_count <> live_count OR alloc_bytes - free_bytes <> live_bytes OR generations > live_count
        OR first_seen > last_seen
-       OR (exact AND function IN ('leaky_leak', 'leaky_churn') AND (live_bytes <> 100 * live_count OR alloc_bytes <> 100 * alloc_count));
+       OR (function IN ('leaky_leak', 'leaky_churn') AND (live_bytes <> 100 * live_count OR alloc_bytes <> 100 * alloc_count));
     IF torn > 0 THEN RAISE EXCEPTION 'torn: % rows of call sites, %', torn, example; END IF;
     SELECT count(*), min(t::text) INTO torn, example FROM rheap_contexts t WHERE total_bytes <> used_bytes + free_bytes OR free_bytes < 0 OR path = '' OR path NOT LIKE 'TopMemoryContext%';
     IF torn > 0 THEN RAISE EXCEPTION 'torn: % rows of contexts, %', torn, example; END IF;
@@ -29,7 +29,8 @@ BEGIN
     PERFORM count(*) FROM rheap_leaks;
 END $$;
 """
-LONG = "SELECT leaky_leak(20, 100), leaky_churn(500, 100), leaky_context('AllocSet', 20, 64, 'delete');\n"
+# So little that all records fit into the default memory: then bytes and counts are exact.
+LONG = "SELECT leaky_leak(2, 100), leaky_churn(500, 100), leaky_context('AllocSet', 20, 64, 'delete');\n"
 SHORT = "SELECT leaky_leak(1000, 100), leaky_churn(20, 100);\n"
 
 
@@ -67,4 +68,4 @@ def test_no_reader_sees_a_torn_row_and_no_writer_waits(slow_server):
         # Slots and chunks came back: what is left is what lives.
         time.sleep(0.5)
         assert int(cluster.sql("SELECT count(*) FROM rheap_processes")) <= 12
-        assert cluster.log_text().count("a table is full") == 0
+        assert cluster.log_text().count("go unseen") == 0

@@ -41,7 +41,7 @@ static WALK_INTERVAL_MS: GucSetting<i32> = GucSetting::<i32>::new(10_000);
 static MIN_LEAK_KB: GucSetting<i32> = GucSetting::<i32>::new(64);
 static STACK_DEPTH: GucSetting<i32> = GucSetting::<i32>::new(48);
 static MEMORY_LIMIT_KB: GucSetting<i32> = GucSetting::<i32>::new(32 * 1024);
-static MAX_CALL_SITES: GucSetting<i32> = GucSetting::<i32>::new(32_768);
+static MAX_CALL_SITES: GucSetting<i32> = GucSetting::<i32>::new(131_072);
 static LOG_LEAKS: GucSetting<bool> = GucSetting::<bool>::new(false);
 
 /// The settings that a process follows between statements.

@@ -2,7 +2,7 @@
 
 use pgrx::pg_sys;
 
-use super::{Process, State, current, guarded, now};
+use super::{Full, Process, State, current, guarded, now};
 use crate::ledger::account::Stamp;
 use crate::ledger::{Decision, Ledger};
 use crate::pg_compat::{self, MemoryContext};
@@ -82,10 +82,15 @@ impl Process {
             Self::open_site(&mut self.ledger, &mut self.sites, &share, self.slot, stack, path, cell)
         };
         let Some(site) = site else {
-            // Some table is full: this allocation goes unseen, and the process says that it is not exact.
+            // This allocation goes unseen, and the process says that it is not exact.
             self.unseen += 1;
             self.at_once += 1;
-            self.full = true;
+            self.full = Some(match id {
+                0 => Full::Memory,
+                _ if stack == 0 => Full::Stacks,
+                _ if self.sites.is_at_its_most() => Full::Memory,
+                _ => Full::Sites,
+            });
             self.ledger.free(chunk, Stamp::default(), &share);
             return;
         };

@@ -5,7 +5,7 @@ use std::sync::atomic::Ordering::*;
 
 use pgrx::pg_sys;
 
-use super::{ASIDE, Process, SITES_PART, State, backend_type, current, now};
+use super::{ASIDE, Full, Process, SITES_PART, State, backend_type, current, now};
 use crate::hook;
 use crate::ledger::account::Site;
 use crate::ledger::{Due, Precision};
@@ -140,7 +140,7 @@ impl Process {
         self.sites = Cursor::default();
         self.rows = Cursor::default();
         self.epoch = 1;
-        (self.looks, self.unseen, self.full) = (1, 0, false);
+        (self.looks, self.unseen, self.full) = (1, 0, None);
         (self.passed, self.at_once) = (0, 0);
         let Some(slot) = share.claim_slot(self.pid, backend_type()) else { return false };
         self.slot = slot;
@@ -261,10 +261,20 @@ pub fn check(on: bool) -> bool {
 pub fn say_if_full() {
     // SAFETY: the guard is released.
     let process = unsafe { current() };
-    if std::mem::take(&mut process.full) && process.share.is_some_and(|s| s.full_logged.swap(1, AcqRel) == 0) {
-        pgrx::log!(
-            "rheap: a table is full, and call sites that are new go unseen; raise rheap.max_call_sites (now {}) or rheap.memory_limit",
-            settings::max_call_sites()
-        );
+    let Some(full) = process.full.take() else { return };
+    if process.share.is_none_or(|s| s.full_logged.swap(1, AcqRel) != 0) {
+        return;
+    }
+    let sites = settings::max_call_sites();
+    match full {
+        Full::Memory => pgrx::log!(
+            "rheap: this process has used up its rheap.memory_limit, and its new call sites go unseen; raise the limit"
+        ),
+        Full::Stacks => pgrx::log!(
+            "rheap: the table of call stacks is full, and new call sites go unseen; raise rheap.max_call_sites (now {sites})"
+        ),
+        Full::Sites => pgrx::log!(
+            "rheap: the table of call sites is full, and new call sites go unseen; raise rheap.max_call_sites (now {sites})"
+        ),
     }
 }

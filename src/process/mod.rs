@@ -50,6 +50,17 @@ pub enum State {
     Busy,
 }
 
+/// Why an allocation could not be recorded.
+#[derive(Clone, Copy)]
+enum Full {
+    /// The process's own memory, or its part of the shared tables.
+    Memory,
+    /// The shared table of call stacks.
+    Stacks,
+    /// The shared table of call sites.
+    Sites,
+}
+
 pub struct Process {
     pub share: Option<Share>,
     state: State,
@@ -99,8 +110,8 @@ pub struct Process {
     pub bp: u64,
     /// Allocations that no table had room for.
     unseen: u64,
-    /// Some table was full, which the log may still have to hear.
-    full: bool,
+    /// What was full, which the log may still have to hear.
+    full: Option<Full>,
     /// SQL functions have answered since the last message.
     has_answered: bool,
 }
@@ -142,7 +153,7 @@ pub static PROCESS: Global = Global(UnsafeCell::new(Process {
     at_once: 0,
     bp: 0,
     unseen: 0,
-    full: false,
+    full: None,
     has_answered: false,
 }));
 

@@ -188,7 +188,7 @@ pub unsafe fn message_done(regs: Regs) {
         }
     }
     process.leave(state);
-    if process.walk.has_news() || process.full {
+    if process.walk.has_news() || process.full.is_some() {
         tell_the_log();
     }
     if process.has_answered {

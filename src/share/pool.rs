@@ -61,10 +61,15 @@ pub struct Cursor {
 }
 
 impl Cursor {
+    /// Its process may take no more.
+    pub fn is_at_its_most(&self) -> bool {
+        self.most != 0 && self.chunks >= self.most
+    }
+
     /// A row that nobody uses. None when the pool is exhausted.
     pub fn take<T>(&mut self, pool: &Pool<T>, slot: u32) -> Option<u32> {
         if self.next == self.end {
-            if self.most != 0 && self.chunks >= self.most {
+            if self.is_at_its_most() {
                 return None;
             }
             let chunk = pool.claim(slot)?;
