@@ -15,7 +15,7 @@ pub struct Pair {
 }
 
 /// Names of contexts, as the server's pointers to them, that outlived their transient parent before.
-pub const LEARNED: usize = 64;
+pub const LEARNED: usize = 1024;
 
 #[repr(C)]
 pub struct Tables {

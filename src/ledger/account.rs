@@ -31,6 +31,17 @@ struct Bin {
     live: AtomicU32,
     /// Distinct epochs among them; exact until some of them are freed, never above `live`.
     generations: AtomicU32,
+    /// Bytes that they stand for, in the fixed point of the weights.
+    bytes: AtomicU64,
+}
+
+/// What is alive of the epochs of one bin.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct Age {
+    pub records: u32,
+    /// Distinct epochs among them.
+    pub generations: u32,
+    pub bytes: u64,
 }
 
 /// In shared memory; all zero bytes are an unused account.
@@ -54,6 +65,9 @@ pub struct Site {
     reported: AtomicU32,
     /// Of the latest record, which is what generations count; pairs that are freed at once do not matter to them.
     recorded_epoch: AtomicU32,
+    /// Records that were freed, and the longest of their lives, in epochs.
+    ended: AtomicU32,
+    longest_life: AtomicU32,
     bins: [Bin; BINS],
     history: [AtomicU64; HISTORY],
 }
@@ -76,8 +90,12 @@ pub struct SiteCopy {
     pub last_epoch: u32,
     /// Epochs per bin.
     pub bin_width: u64,
-    /// (records alive, distinct epochs among them), oldest first.
-    pub bins: [(u32, u32); BINS],
+    /// Oldest first.
+    pub ages: [Age; BINS],
+    /// Records that were freed, which does not count what was freed within its statement.
+    pub ended: u32,
+    /// Of these, the one that lived through most epochs.
+    pub longest_life: u32,
     /// Live bytes at the latest walks, indexed by the process's walk number modulo [`HISTORY`].
     pub history: [u64; HISTORY],
 }
@@ -109,14 +127,22 @@ impl Site {
         for cell in [&self.first_seen, &self.last_seen, &self.query_id] {
             cell.store(0, Relaxed);
         }
-        for cell in
-            [&self.inexact, &self.first_epoch, &self.last_epoch, &self.bin_shift, &self.reported, &self.recorded_epoch]
-        {
+        for cell in [
+            &self.inexact,
+            &self.first_epoch,
+            &self.last_epoch,
+            &self.bin_shift,
+            &self.reported,
+            &self.recorded_epoch,
+            &self.ended,
+            &self.longest_life,
+        ] {
             cell.store(0, Relaxed);
         }
         for bin in &self.bins {
             bin.live.store(0, Relaxed);
             bin.generations.store(0, Relaxed);
+            bin.bytes.store(0, Relaxed);
         }
         for cell in &self.history {
             cell.store(0, Relaxed);
@@ -160,6 +186,7 @@ impl Site {
         add(&self.live_count, live_weight);
         add(&self.live_bytes, live_weight * size);
         let bin = self.bin_for(stamp.epoch);
+        add(&bin.bytes, live_weight * size);
         bin.live.store(bin.live.load(Relaxed).saturating_add(1), Relaxed);
         let generations = bin.generations.load(Relaxed);
         if fresh || generations == 0 {
@@ -203,22 +230,33 @@ impl Site {
         add(&self.alloc_bytes, weight * size);
     }
 
-    /// Ends a record that was alive since `epoch`.
+    /// Ends a record that was alive since `epoch`: its chunk was freed in the epoch `now`.
     #[inline]
-    pub fn end(&self, size: u64, live_weight: u64, epoch: u32) {
+    pub fn end(&self, size: u64, live_weight: u64, epoch: u32, now: u32) {
         let _write = self.write();
-        sub(&self.live_count, live_weight);
-        sub(&self.live_bytes, live_weight * size);
-        self.leave(epoch);
+        self.leave(size, live_weight, epoch);
+        self.ended.store(self.ended.load(Relaxed).saturating_add(1), Relaxed);
+        let life = now.saturating_sub(epoch);
+        if life > self.longest_life.load(Relaxed) {
+            self.longest_life.store(life, Relaxed);
+        }
     }
 
-    /// A record now stands for more, since others like it were thinned out.
-    pub fn reweigh(&self, size: u64, old: u64, new: u64) {
+    /// A record is given up, though its chunk lives on.
+    pub fn give_up(&self, size: u64, live_weight: u64, epoch: u32) {
         let _write = self.write();
-        sub(&self.live_count, old);
-        add(&self.live_count, new);
-        sub(&self.live_bytes, old * size);
-        add(&self.live_bytes, new * size);
+        self.leave(size, live_weight, epoch);
+        self.inexact.store(1, Relaxed);
+    }
+
+    /// A record of `epoch` now stands for more, since others like it were thinned out.
+    pub fn reweigh(&self, size: u64, old: u64, new: u64, epoch: u32) {
+        let _write = self.write();
+        let bin = self.bin_of(epoch);
+        for (cell, by) in [(&self.live_count, 1), (&self.live_bytes, size), (&bin.bytes, size)] {
+            sub(cell, old * by);
+            add(cell, new * by);
+        }
         self.inexact.store(1, Relaxed);
     }
 
@@ -234,8 +272,8 @@ impl Site {
             let _write = self.write();
             sub(&self.alloc_count, weight);
             sub(&self.alloc_bytes, weight * size);
+            self.leave(size, weight, epoch);
         }
-        self.end(size, weight, epoch);
         // An account's bins start at its first epoch, so an older record joins the oldest bin.
         let first = to.first_epoch.load(Relaxed);
         let last = to.last_epoch.load(Relaxed);
@@ -246,14 +284,22 @@ impl Site {
         }
     }
 
-    fn leave(&self, epoch: u32) {
-        let age = epoch.saturating_sub(self.first_epoch.load(Relaxed)) >> self.bin_shift.load(Relaxed);
-        let bin = &self.bins[(age as usize).min(BINS - 1)];
+    fn leave(&self, size: u64, live_weight: u64, epoch: u32) {
+        sub(&self.live_count, live_weight);
+        sub(&self.live_bytes, live_weight * size);
+        let bin = self.bin_of(epoch);
+        sub(&bin.bytes, live_weight * size);
         let live = bin.live.load(Relaxed).saturating_sub(1);
         bin.live.store(live, Relaxed);
         if bin.generations.load(Relaxed) > live {
             bin.generations.store(live, Relaxed);
         }
+    }
+
+    /// The bin of a record that is in the account.
+    fn bin_of(&self, epoch: u32) -> &Bin {
+        let age = epoch.saturating_sub(self.first_epoch.load(Relaxed)) >> self.bin_shift.load(Relaxed);
+        &self.bins[(age as usize).min(BINS - 1)]
     }
 
     #[inline]
@@ -268,16 +314,15 @@ impl Site {
     #[cold]
     fn widen(&self) {
         for i in 0..BINS {
-            let sum = |field: fn(&Bin) -> &AtomicU32| {
-                if i < BINS / 2 {
-                    field(&self.bins[2 * i]).load(Relaxed) + field(&self.bins[2 * i + 1]).load(Relaxed)
-                } else {
-                    0
-                }
-            };
-            let (live, generations) = (sum(|b| &b.live), sum(|b| &b.generations));
+            let (mut live, mut generations, mut bytes) = (0, 0, 0);
+            for bin in self.bins.iter().skip(2 * i).take(2) {
+                live = u32::saturating_add(live, bin.live.load(Relaxed));
+                generations = u32::saturating_add(generations, bin.generations.load(Relaxed));
+                bytes = u64::saturating_add(bytes, bin.bytes.load(Relaxed));
+            }
             self.bins[i].live.store(live, Relaxed);
             self.bins[i].generations.store(generations, Relaxed);
+            self.bins[i].bytes.store(bytes, Relaxed);
         }
         self.bin_shift.store(self.bin_shift.load(Relaxed) + 1, Relaxed);
     }
@@ -367,7 +412,13 @@ impl Site {
             first_epoch: self.first_epoch.load(Relaxed),
             last_epoch: self.last_epoch.load(Relaxed),
             bin_width: 1 << self.bin_shift.load(Relaxed).min(63),
-            bins: std::array::from_fn(|i| (self.bins[i].live.load(Relaxed), self.bins[i].generations.load(Relaxed))),
+            ages: std::array::from_fn(|i| Age {
+                records: self.bins[i].live.load(Relaxed),
+                generations: self.bins[i].generations.load(Relaxed),
+                bytes: count(&self.bins[i].bytes),
+            }),
+            ended: self.ended.load(Relaxed),
+            longest_life: self.longest_life.load(Relaxed),
             history: std::array::from_fn(|i| self.history[i].load(Relaxed)),
         }
     }

@@ -60,11 +60,9 @@ impl Ledger {
                 let (old, new) = (self.live_weight(&record), sampling::weight(record.size(), rate));
                 self.records.get_mut(id).size_level = record.size() | (level as u64) << 56;
                 self.held = self.held.wrapping_add((new - old) * record.size());
-                sites.site(record.site).reweigh(record.size(), old, new);
+                sites.site(record.site).reweigh(record.size(), old, new, record.epoch);
             } else {
-                self.end(id, sites);
-                sites.site(record.site).set_inexact();
-                self.dropped += 1;
+                self.give_up(id, sites);
             }
         }
     }

@@ -88,6 +88,8 @@ pub struct Ledger {
     /// Records whose chunk was freed.
     ended: u64,
     last_context: u32,
+    /// The process's count of work.
+    pub epoch: u32,
     /// Grows whenever a context's id or path ceases to hold.
     context_changes: u32,
 }
@@ -114,6 +116,7 @@ impl Ledger {
             settled: 0,
             ended: 0,
             last_context: 0,
+            epoch: 0,
             context_changes: 0,
         }
     }
@@ -326,13 +329,27 @@ impl Ledger {
         self.rates.weight(record.size(), record.level())
     }
 
+    /// The chunk of a record is gone.
     #[inline(never)]
     fn end(&mut self, id: u32, sites: &impl Sites) {
+        let (record, weight) = self.close(id);
+        sites.site(record.site).end(record.size(), weight, record.epoch, self.epoch);
+    }
+
+    /// A record is given up for want of memory, though its chunk lives on.
+    fn give_up(&mut self, id: u32, sites: &impl Sites) {
+        let (record, weight) = self.close(id);
+        sites.site(record.site).give_up(record.size(), weight, record.epoch);
+        self.dropped += 1;
+    }
+
+    /// Takes a record out of everything but its account; and what it stood for.
+    fn close(&mut self, id: u32) -> (Record, u64) {
         let record = self.take(id);
         self.filter.remove(record.address);
         let weight = self.live_weight(&record);
         self.held = self.held.wrapping_sub(weight * record.size());
-        sites.site(record.site).end(record.size(), weight, record.epoch);
+        (record, weight)
     }
 
     /// Whether a chunk is followed, which the filter only suspects.

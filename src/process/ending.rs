@@ -9,7 +9,7 @@ use crate::ledger::account::Site;
 use crate::settings;
 use crate::share::Share;
 use crate::share::ending::How;
-use crate::verdict::{CACHE_HABIT, caches};
+use crate::verdict::caches;
 
 impl Process {
     /// At exit: what is held by call sites that are no known cache, if it is worth a report, stays on record. Takes no
@@ -33,11 +33,11 @@ impl Process {
     }
 }
 
-/// Whether what a call site holds is one of the server's caches that has not outgrown its history.
+/// Whether what a call site holds may be one of the server's caches.
 fn is_cache(share: &Share, site: &Site) -> bool {
     let mut path = Text::<1024>::new();
     let _ = share.write_path(site.path(), &mut path);
-    caches::known(path.as_str()).is_some() && site.generations() < CACHE_HABIT
+    caches::may_be_cache(path.as_str(), site.generations())
 }
 
 /// Keeps what those held that ended without a word. In the postmaster, and in whoever asks.

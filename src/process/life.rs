@@ -139,7 +139,7 @@ impl Process {
         self.walk.forget_parents(self.now, &mut self.aside);
         self.sites = Cursor::default();
         self.rows = Cursor::default();
-        self.epoch = 1;
+        (self.epoch, self.ledger.epoch) = (1, 1);
         (self.looks, self.unseen, self.full) = (1, 0, None);
         (self.passed, self.at_once) = (0, 0);
         let Some(slot) = share.claim_slot(self.pid, backend_type()) else { return false };
@@ -232,7 +232,7 @@ impl Process {
         self.rows = Cursor::default();
         slot.open(slot.backend_type.load(Relaxed));
         (self.passed, self.at_once) = (0, 0);
-        self.epoch = 1;
+        (self.epoch, self.ledger.epoch) = (1, 1);
         slot.resets_done.store(wanted, Release);
         self.follow_settings();
         if self.has_messages {

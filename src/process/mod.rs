@@ -224,6 +224,7 @@ impl Process {
     fn next_epoch(&mut self, slot: &Slot) {
         // 0 would mean none; no process gets through them twice.
         self.epoch = self.epoch.wrapping_add(1);
+        self.ledger.epoch = self.epoch;
         self.ledger.cells.grant();
         slot.epoch.store(self.epoch, Relaxed);
     }

@@ -9,7 +9,7 @@ use crate::stack::Regs;
 use crate::{hook, pg_compat, settings};
 
 /// Recorded allocations between two looks at the clock within a statement.
-const LOOK: u32 = 256;
+const LOOK: u32 = 16;
 
 impl Process {
     /// Looks at the clock, and walks if it is time.
@@ -56,8 +56,15 @@ impl Process {
     fn statement_done(&mut self, slot: &'static Slot, regs: Regs) {
         // When the statement began is near enough, and known already.
         self.now = pg_compat::statement_start();
-        self.flush(if pg_compat::in_transaction_block() { Due::Message } else { Due::Statement });
-        self.next_epoch(slot);
+        let in_block = pg_compat::in_transaction_block();
+        self.flush(if in_block { Due::Message } else { Due::Statement });
+        // Who watches the process does not change its work.
+        if !self.has_answered {
+            self.next_epoch(slot);
+        }
+        if !in_block {
+            slot.transaction.store(self.epoch, Relaxed);
+        }
         if slot.reset_pending() || !self.has_served || settings::changed() || self.must_follow_wish(slot) {
             self.between_statements(slot, regs);
         }

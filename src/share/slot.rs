@@ -16,6 +16,8 @@ pub struct Slot {
     pub mode: AtomicU32,
     /// The process's count of work.
     pub epoch: AtomicU32,
+    /// The epoch in which the transaction at hand began, or will begin; 0 where there are no messages.
+    pub transaction: AtomicU32,
     /// 1 once a client's message has been dealt with.
     pub has_messages: AtomicU32,
     /// 1 for a process that never gets messages.
@@ -55,11 +57,16 @@ impl Slot {
         self.without_messages.load(Relaxed) != 0
     }
 
+    /// The process's count of work counts windows of time.
+    pub fn is_timed(&self) -> bool {
+        self.has_messages.load(Relaxed) == 0 && self.backend_type.load(Relaxed) != POSTMASTER
+    }
+
     /// What the process's count of work counts, in the plural.
     pub fn work_unit(&self) -> &'static str {
-        match (self.backend_type.load(Relaxed), self.has_messages.load(Relaxed)) {
-            (POSTMASTER, _) => "forks",
-            (_, 0) => "windows of time",
+        match self.backend_type.load(Relaxed) {
+            POSTMASTER => "forks",
+            _ if self.is_timed() => "windows of time",
             _ => "messages",
         }
     }
@@ -73,7 +80,7 @@ impl Slot {
     /// Empties everything but the owner.
     pub fn open(&self, backend_type: i32) {
         self.backend_type.store(backend_type, Relaxed);
-        for cell in [&self.mode, &self.has_messages, &self.watched_contexts, &self.walks] {
+        for cell in [&self.mode, &self.transaction, &self.has_messages, &self.watched_contexts, &self.walks] {
             cell.store(0, Relaxed);
         }
         for cell in

@@ -9,8 +9,12 @@ use pgrx::{PgSqlErrorCode, pg_sys};
 
 use super::gather::culprit;
 use crate::symbols::{Frame, Symbols};
+use crate::verdict::caches;
 use crate::verdict::proportion::{Held, kept};
-use crate::{process, verdict, walk};
+use crate::{process, walk};
+
+/// Into so many parts the repeats are cut, if they are as many, with a look at the books after each.
+const BATCHES: i32 = 10;
 
 /// A call site that keeps memory, or all call sites in contexts that multiply.
 struct Finding {
@@ -109,23 +113,27 @@ fn check(function: &str, statement: &str, repeat: i32, warmup: i32) -> Vec<Findi
         let _recording = Recording::start();
         // SAFETY: a pair around what runs; an error in between ends the connection with its transaction.
         unsafe { pg_sys::SPI_connect() };
-        // One place that calls for all three phases: what is allocated in them has the same stack, so the same site. Of
-        // a list whose length it knows, the compiler would make three places.
-        for times in std::hint::black_box(vec![warmup, repeat / 2, repeat - repeat / 2]) {
+        let batches = repeat.min(BATCHES);
+        let done = |batch: i32| (repeat as i64 * batch as i64 / batches as i64) as i32;
+        let repeats = (1..=batches).map(|batch| done(batch) - done(batch - 1));
+        let times: Vec<i32> = std::iter::once(warmup).chain(repeats).collect();
+        // One place that calls for all of them: what is allocated in them has the same stack, so the same site. Of a list
+        // that it knows, the compiler would make several places.
+        for times in std::hint::black_box(times) {
             run(&statement, times);
             books.push(Books::now());
         }
         // SAFETY: as above.
         unsafe { pg_sys::SPI_finish() };
     }
-    let [start, middle, end] = &books[..] else { unreachable!() };
+    let (start, end) = (&books[0], &books[books.len() - 1]);
 
     // Contexts that multiply are one finding, with everything in them.
     let many: Vec<(String, Held)> = (end.contexts.iter())
         .filter_map(|(path, held)| {
             let at = |books: &Books| books.contexts.get(path).copied().unwrap_or_default();
-            let number = |books| Held { bytes: at(books).count, count: 0 };
-            kept(number(start), number(middle), number(end))?;
+            let numbers: Vec<Held> = books.iter().map(|b| Held { bytes: at(b).count, count: 0 }).collect();
+            kept(&numbers)?;
             let before = at(start);
             let grown = Held { bytes: held.bytes - before.bytes, count: held.count - before.count };
             Some((share.path_name(*path), grown))
@@ -140,13 +148,13 @@ fn check(function: &str, statement: &str, repeat: i32, warmup: i32) -> Vec<Findi
     let mut symbols = Symbols::new(&share);
     let mut findings = Vec::new();
     let mut inside: HashMap<String, (Held, Vec<Vec<Frame>>)> = HashMap::new();
-    for (&id, &held) in &end.sites {
-        let at = |books: &Books| books.sites.get(&id).copied().unwrap_or_default();
-        let Some(kept) = kept(at(start), at(middle), held) else { continue };
+    for &id in end.sites.keys() {
+        let held: Vec<Held> = books.iter().map(|b| b.sites.get(&id).copied().unwrap_or_default()).collect();
+        let Some(kept) = kept(&held) else { continue };
         let Some(site) = share.sites.rows[id as usize].copy() else { continue };
         let path = share.path_name(site.path);
         let (frames, at) = culprit(&mut symbols, site.stack);
-        if verdict::caches::ends_with_transaction(&path, &frames) {
+        if caches::until_transaction_ends(&frames).is_some() || caches::goes_with_relation(&path) {
             continue;
         }
         if let Some((context, _)) = outermost(&path) {
@@ -164,7 +172,7 @@ fn check(function: &str, statement: &str, repeat: i32, warmup: i32) -> Vec<Findi
         });
     }
     for (path, grown) in many.iter().filter(|(path, _)| outermost(path).is_some_and(|(top, _)| top == path)) {
-        if verdict::caches::ends_with_transaction(path, &[]) {
+        if caches::goes_with_relation(path) {
             continue;
         }
         let (kept, stacks) = inside.remove(path).unwrap_or((*grown, Vec::new()));

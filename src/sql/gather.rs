@@ -22,6 +22,8 @@ pub struct Gathered {
     pub stacks: Vec<u32>,
     /// Live bytes of the process that holds most.
     most: u64,
+    /// What `rheap.min_leak_bytes` is compared with: live bytes, or the blocks of the contexts that multiply.
+    pub size: u64,
 }
 
 impl Gathered {
@@ -42,6 +44,7 @@ impl Gathered {
     pub fn absorb(&mut self, other: Gathered) {
         let processes = self.processes.max(other.processes);
         self.stacks.extend(other.stacks);
+        self.size += other.size;
         self.merge(other.judgement, other.copy, other.pid);
         self.processes = processes;
     }
@@ -49,12 +52,14 @@ impl Gathered {
     fn merge(&mut self, judgement: Judgement, copy: SiteCopy, pid: i32) {
         let growth = self.judgement.growth_bytes_per_s + judgement.growth_bytes_per_s;
         let generations = self.judgement.generations.max(judgement.generations);
+        let of_transaction = self.judgement.of_transaction && judgement.of_transaction;
         // The strongest evidence of any one process decides.
         if (judgement.verdict, judgement.confidence) > (self.judgement.verdict, self.judgement.confidence) {
             self.judgement = judgement;
         }
         self.judgement.growth_bytes_per_s = growth;
         self.judgement.generations = generations;
+        self.judgement.of_transaction = of_transaction;
         if copy.live_bytes > self.most {
             (self.most, self.pid) = (copy.live_bytes, pid);
         }
@@ -76,12 +81,14 @@ impl Gathered {
 struct Group {
     copy: SiteCopy,
     contexts: u32,
+    /// Of their blocks.
+    context_bytes: u64,
     stacks: Vec<u32>,
 }
 
 impl From<SiteCopy> for Group {
     fn from(copy: SiteCopy) -> Self {
-        Group { stacks: vec![copy.stack], contexts: 0, copy }
+        Group { stacks: vec![copy.stack], contexts: 0, context_bytes: 0, copy }
     }
 }
 
@@ -103,10 +110,10 @@ const UNROLLED: u64 = 16;
 /// them if it has chunks in a good part of them (a loop that was unrolled makes several sites of one): what leaks within
 /// a few of many contexts is a leak of its own.
 fn multiplied(share: &Share, slot: u32, sites: Vec<SiteCopy>) -> Vec<Group> {
-    let many: HashMap<u32, u32> = (share.rows.owned(slot))
+    let many: HashMap<u32, (u32, u64)> = (share.rows.owned(slot))
         .flat_map(|chunk| share.rows.rows_of(chunk).filter_map(|(_, row)| row.copy()))
         .filter(|row| row.seen.contexts >= MANY)
-        .map(|row| (row.path, row.seen.contexts))
+        .map(|row| (row.path, (row.seen.contexts, row.seen.total_bytes)))
         .collect();
     let mut groups: Vec<Group> = Vec::new();
     let mut of_path: HashMap<u32, usize> = HashMap::new();
@@ -114,14 +121,14 @@ fn multiplied(share: &Share, slot: u32, sites: Vec<SiteCopy>) -> Vec<Group> {
         let mut outermost = None;
         let mut path = copy.path;
         while path != 0 {
-            if let Some(&contexts) = many.get(&path)
+            if let Some(&(contexts, bytes)) = many.get(&path)
                 && copy.live_count * UNROLLED >= contexts as u64
             {
-                outermost = Some((path, contexts));
+                outermost = Some((path, contexts, bytes));
             }
             path = share.parent(path);
         }
-        let Some((path, contexts)) = outermost else {
+        let Some((path, contexts, context_bytes)) = outermost else {
             groups.push(copy.into());
             continue;
         };
@@ -129,7 +136,8 @@ fn multiplied(share: &Share, slot: u32, sites: Vec<SiteCopy>) -> Vec<Group> {
             Some(&known) => groups[known].join(copy),
             None => {
                 of_path.insert(path, groups.len());
-                groups.push(Group { stacks: vec![copy.stack], contexts, copy: SiteCopy { path, ..copy } });
+                let stacks = vec![copy.stack];
+                groups.push(Group { stacks, contexts, context_bytes, copy: SiteCopy { path, ..copy } });
             }
         }
     }
@@ -139,7 +147,7 @@ fn multiplied(share: &Share, slot: u32, sites: Vec<SiteCopy>) -> Vec<Group> {
 impl Group {
     /// The ages are those of the site that has most generations: they are all of the same contexts.
     fn join(&mut self, other: SiteCopy) {
-        let generations = |copy: &SiteCopy| copy.bins.iter().map(|bin| bin.1).sum::<u32>();
+        let generations = |copy: &SiteCopy| copy.ages.iter().map(|age| age.generations).sum::<u32>();
         self.stacks.push(other.stack);
         let all = &mut self.copy;
         let sum = SiteCopy {
@@ -173,11 +181,14 @@ pub fn gather(function: &str, pid: Option<i32>, fold: Fold, wanted: impl Fn(Verd
             Fold::Nothing => sites.into_iter().map(Group::from).collect(),
             Fold::Contexts => multiplied(&share, index, sites),
         };
-        for Group { copy, contexts, stacks } in groups {
-            let judgement = judge_contexts(&share, slot, &copy, contexts);
+        for Group { copy, contexts, context_bytes, stacks } in groups {
+            let judgement = judge_contexts(slot, &copy, contexts, context_bytes);
             let key = (backend_type.clone(), copy.path, if contexts == 0 { copy.stack } else { 0 });
             match folded.entry(key) {
-                Entry::Occupied(mut known) => known.get_mut().merge(judgement, copy, pid),
+                Entry::Occupied(mut known) => {
+                    known.get_mut().size += copy.live_bytes.max(context_bytes);
+                    known.get_mut().merge(judgement, copy, pid);
+                }
                 Entry::Vacant(free) => {
                     free.insert(Gathered {
                         judgement,
@@ -187,6 +198,7 @@ pub fn gather(function: &str, pid: Option<i32>, fold: Fold, wanted: impl Fn(Verd
                         pid,
                         stacks,
                         most: copy.live_bytes,
+                        size: copy.live_bytes.max(context_bytes),
                         copy,
                     });
                 }

@@ -155,16 +155,37 @@ fn named(rows: Vec<Gathered>) -> Vec<Named> {
     let mut symbols = Symbols::new(&share);
     let all_stats = super::reads_all_stats();
     let suppressions = super::suppress::all();
-    rows.into_iter()
+    let mut rows: Vec<Named> = rows
+        .into_iter()
         .map(|mut g| {
             let (frames, at) = g.frames(&mut symbols);
             let query_id = Some(g.copy.query_id).filter(|&id| id != 0 && all_stats);
-            if let Some(found) = suppressions.iter().find(|s| s.covers(&g.path, &frames)) {
-                g.judgement = found.judgement(g.judgement);
+            if g.judgement.verdict >= Verdict::Suspect {
+                if let Some(found) = suppressions.iter().find(|s| s.covers(&g.path, &frames)) {
+                    g.judgement = found.judgement(g.judgement);
+                } else if let Some(why) = g.reason_to_grow(&frames) {
+                    g.judgement = g.judgement.cache(&why);
+                }
             }
             (g, frames, at, query_id)
         })
-        .collect()
+        .collect();
+    leave_out_small(&mut rows);
+    rows
+}
+
+/// What is too small is no leak: a call site, unless others of the same culprit make up for it.
+fn leave_out_small(rows: &mut [Named]) {
+    let key = |(g, frames, at, _): &Named| (g.backend_type.clone(), g.copy.path, location(frames, *at));
+    let mut sizes: HashMap<(String, u32, String), u64> = HashMap::new();
+    for row in rows.iter().filter(|row| row.0.judgement.verdict >= Verdict::Suspect) {
+        *sizes.entry(key(row)).or_default() += row.0.size;
+    }
+    for row in rows.iter_mut().filter(|row| row.0.judgement.verdict >= Verdict::Suspect) {
+        if sizes[&key(row)] < settings::min_leak_bytes() {
+            row.0.judgement = row.0.judgement.clone().small(row.0.size);
+        }
+    }
 }
 
 pub fn name(frames: &[Frame], at: usize) -> String {

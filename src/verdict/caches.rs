@@ -1,40 +1,108 @@
-//! Caches that the server is known to fill as it meets new objects. Each with its reason; none of them for ever: what
-//! outgrows its own history is judged like everything else.
+//! Why memory may grow that is no leak: caches that the server is known to fill as it meets new objects, and what it
+//! keeps until a transaction ends. By function, each with its reason and with the number of objects up to which it is
+//! believed; what outgrows that is judged like everything else.
 
 use crate::symbols::Frame;
 
-/// (part of the context path, what it is)
-const CACHES: &[(&str, &str)] = &[
-    (
-        "TopMemoryContext/CacheMemoryContext",
-        "the server's caches of catalogs, relations and plans fill as objects are used",
-    ),
-    ("TopMemoryContext/Type information cache", "the type cache fills as types are used"),
-    ("TopMemoryContext/TableSpace cache", "the tablespace cache fills once"),
-    ("TopMemoryContext/Operator lookup cache", "the operator cache fills as operators are used"),
-    ("TopMemoryContext/Relcache by OID", "the relation cache fills as relations are used"),
-    ("TopMemoryContext/LOCALLOCK hash", "the table of local locks grows to the largest transaction"),
-    ("TopMemoryContext/smgr relation table", "one entry for each file that is open"),
-    ("TopMemoryContext/TopPortalContext", "portals end with their transaction or cursor"),
-    ("TopMemoryContext/LocalBufferContext", "the buffers of temporary tables are made once"),
-    ("TopMemoryContext/Prepared Queries", "one entry for each prepared statement"),
-    (
-        "TopMemoryContext/Pending ops context",
-        "requests wait for the next checkpoint, and their table keeps its largest size",
-    ),
-    ("TopMemoryContext/dynahash", "hash tables of the server grow by doubling"),
+struct Known {
+    /// One of the innermost frames; `*` at the end stands for any more text.
+    functions: &'static [&'static str],
+    /// Allocations of one process, and epochs of which some are alive, up to which it is a cache.
+    objects: u32,
+    why: &'static str,
+}
+
+const CACHES: &[Known] = &[
+    Known {
+        functions: &["SearchCatCache*", "SearchSysCache*", "CatalogCacheCreateEntry", "CatalogCacheInitializeCache", "RehashCatCache*"],
+        objects: 4096,
+        why: "the server's caches of catalogs fill as objects are used",
+    },
+    Known {
+        functions: &[
+            "RelationBuild*", "RelationIdGetRelation", "RelationGet*", "RelationInit*", "RelationParseRelOptions",
+            "RelationClearRelation", "RelationRebuildRelation", "RelationCacheInitialize*", "load_relcache_init_file",
+            "AllocateRelationDesc", "formrdesc", "CopyIndexAttOptions", "get_relation_info_hook", "fetch_fk_constraints",
+        ],
+        objects: 4096,
+        why: "the server's cache of relations fills as tables and indexes are used",
+    },
+    Known {
+        functions: &["lookup_type_cache", "lookup_rowtype_tupdesc*", "assign_record_type_typmod", "cache_record_field_properties",
+            "load_typcache_tupdesc", "load_enum_cache_data", "find_oper_cache_entry", "make_oper_cache_entry"],
+        objects: 256,
+        why: "the server's caches of types and operators fill as they are used",
+    },
+    Known {
+        functions: &["plpgsql_compile", "do_compile", "compile_plperl_function", "PLy_procedure_get", "compile_pltcl_function"],
+        objects: 256,
+        why: "a function is compiled once and kept for the session",
+    },
+    Known {
+        functions: &["SPI_prepare*", "SPI_keepplan", "SPI_saveplan", "GetCachedPlan", "init_sql_fcache", "fmgr_sql"],
+        objects: 512,
+        why: "plans are kept for the session",
+    },
+    Known {
+        functions: &["exec_parse_message"],
+        objects: 256,
+        why: "drivers keep a number of prepared statements",
+    },
+    Known {
+        functions: &["RE_compile_and_cache"],
+        objects: 64,
+        why: "compiled regular expressions are kept, 32 of them",
+    },
+    Known {
+        functions: &["LockAcquireExtended", "ResourceOwnerCreate", "ResourceOwnerEnlarge*", "smgropen", "mdopenfork", "PathNameOpenFile*",
+            "AllocateVfd", "pgstat_prep_pending_entry", "pgstat_get_entry_ref", "GetLocalBufferStorage", "InitLocalBuffers", "ExtendBufferedRelLocal",
+            "LocalBufferAlloc", "CreatePortal", "RegisterSyncRequest", "RememberSyncRequest", "Exec_ListenCommit", "ReservePrivateRefCountEntry"],
+        objects: 4096,
+        why: "a table of what is in use keeps its largest size",
+    },
 ];
 
-pub fn known(path: &str) -> Option<&'static str> {
-    CACHES
-        .iter()
-        .find(|(cache, _)| path.strip_prefix(cache).is_some_and(|rest| rest.is_empty() || rest.starts_with('/')))
-        .map(|&(_, why)| why)
+/// So many innermost frames may be the server's own work for the function that is looked for.
+const NEAR: usize = 10;
+
+/// Why what a stack allocates is no leak yet, of which a process has so many allocations of so many generations.
+pub fn known(frames: &[Frame], objects: u64, generations: u32) -> Option<&'static str> {
+    let names = frames.iter().take(NEAR).filter_map(|f| f.function.as_deref());
+    // A statement of the user's, not a plan of the server's.
+    let mut cache = None;
+    for name in names {
+        if name == "PrepareQuery" {
+            return None;
+        }
+        cache = cache.or_else(|| CACHES.iter().find(|known| known.functions.iter().any(|f| is(f, name))));
+    }
+    cache.filter(|known| objects <= known.objects as u64 || generations <= known.objects).map(|known| known.why)
+}
+
+fn is(function: &str, name: &str) -> bool {
+    match function.strip_suffix('*') {
+        Some(start) => name.starts_with(start),
+        // gcc names parts and clones of a function so.
+        None => name.split('.').next() == Some(function),
+    }
+}
+
+/// Where the server's caches lie, for those who have no names of functions: (part of the context path).
+const PLACES: &[&str] = &["TopMemoryContext/CacheMemoryContext", "TopMemoryContext/dynahash", "TopMemoryContext/TopPortalContext"];
+/// What is there must outgrow this many generations.
+const PLACE_HABIT: u32 = 64;
+
+/// Whether something that lies below such a path may be a cache, as far as that can be told without its call stack.
+pub fn may_be_cache(path: &str, generations: u32) -> bool {
+    let below = |place: &&str| path.strip_prefix(**place).is_some_and(|rest| rest.is_empty() || rest.starts_with('/'));
+    generations < PLACE_HABIT && PLACES.iter().any(|place| below(&place))
 }
 
 /// (function, what it keeps until the transaction ends)
 const UNTIL_TRANSACTION_END: &[(&str, &str)] = &[
     ("LockAcquireExtended", "a lock of each object that was used"),
+    ("ResourceOwnerCreate", "what a subtransaction has to give back"),
+    ("ResourceOwnerEnlarge", "what the transaction has to give back"),
     ("RelationCreateStorage", "a file to remove if the transaction fails"),
     ("RelationDropStorage", "a file to remove if it does not"),
     ("RelationClearRelation", "row descriptors that somebody may still look at"),
@@ -46,15 +114,60 @@ const UNTIL_TRANSACTION_END: &[(&str, &str)] = &[
     ("smgropen", "a file that is open"),
     ("pgstat_prep_pending_entry", "counters that are sent when the transaction has ended"),
     ("RegisterSnapshotOnOwner", "a snapshot in use"),
+    ("CreatePortal", "a cursor"),
 ];
 
-/// Whether what a stack has allocated is given back when the transaction ends, as its innermost named functions tell.
-pub fn ends_with_transaction(path: &str, frames: &[Frame]) -> bool {
-    path == "TopMemoryContext/LOCALLOCK hash"
-        || path == "TopMemoryContext/CacheMemoryContext/index info"
-        || frames
+/// Whether contexts of a path are made with a relation that is made, and go when its transaction ends.
+pub fn goes_with_relation(path: &str) -> bool {
+    path == "TopMemoryContext/CacheMemoryContext/index info"
+}
+
+/// What a stack has allocated that is given back when the transaction ends, as its innermost named functions tell.
+pub fn until_transaction_ends(frames: &[Frame]) -> Option<&'static str> {
+    let mut names = frames.iter().take(NEAR).filter_map(|f| f.function.as_deref());
+    names.find_map(|name| UNTIL_TRANSACTION_END.iter().find(|&(known, _)| is(known, name))).map(|&(_, what)| what)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn stack(functions: &[&str]) -> Vec<Frame> {
+        functions
             .iter()
-            .take(8)
-            .filter_map(|f| f.function.as_deref())
-            .any(|function| UNTIL_TRANSACTION_END.iter().any(|&(known, _)| known == function))
+            .map(|&f| Frame { function: (f != "?").then(|| f.into()), location: String::new(), address: "postgres+0x1".into() })
+            .collect()
+    }
+
+    #[test]
+    fn a_cache_is_known_by_its_function_until_it_outgrows_itself() {
+        let relcache = stack(&["palloc0", "?", "RelationBuildDesc", "RelationIdGetRelation", "relation_open"]);
+        assert!(known(&relcache, 500, 500).is_some());
+        assert!(known(&relcache, 100_000, 12).is_some(), "many at a time");
+        assert_eq!(known(&relcache, 5000, 5000), None);
+        assert!(known(&stack(&["MemoryContextAlloc", "SearchCatCacheMiss.constprop.0", "SearchCatCache1"]), 10, 10).is_some());
+    }
+
+    #[test]
+    fn what_an_extension_keeps_in_the_same_context_is_no_cache() {
+        let mut far = vec!["MemoryContextAlloc", "my_extension_leak", "ExecInterpExpr"];
+        far.extend(["?"; NEAR]);
+        far.push("GetCachedPlan");
+        assert_eq!(known(&stack(&far), 10, 10), None);
+        let prepared = stack(&["palloc", "copyObjectImpl", "CreateCachedPlan", "PrepareQuery", "standard_ProcessUtility"]);
+        assert_eq!(known(&prepared, 10, 10), None, "the application's own");
+    }
+
+    #[test]
+    fn places_are_whole_names() {
+        assert!(may_be_cache("TopMemoryContext/CacheMemoryContext/CachedPlan", 30));
+        assert!(!may_be_cache("TopMemoryContext/CacheMemoryContext/CachedPlan", 64));
+        assert!(!may_be_cache("TopMemoryContext/CacheMemoryContextual", 1) && !may_be_cache("TopMemoryContext", 1));
+    }
+
+    #[test]
+    fn what_a_transaction_gives_back_is_known() {
+        assert_eq!(until_transaction_ends(&stack(&["hash_search", "LockAcquireExtended", "LockRelationOid"])), Some("a lock of each object that was used"));
+        assert_eq!(until_transaction_ends(&stack(&["palloc", "drandom"])), None);
+    }
 }

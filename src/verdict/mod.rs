@@ -1,18 +1,21 @@
 //! From the account of a call site to a verdict with a reason. Pure: numbers in, words out.
 //!
 //! Size alone says little. What tells a leak is *surviving generations*: of how many distinct epochs of work (messages,
-//! forks, windows of time) something is still alive, and whether new ones keep joining while old ones stay. A cache
-//! fills and stops; a queue forgets its oldest; a leak does neither.
+//! forks, windows of time) something is still alive, whether new ones keep joining at the pace of the old, and whether
+//! they have outlived everything that was ever freed here. A cache fills and stops; a queue forgets its oldest; a leak
+//! does neither.
 
+mod ages;
 pub mod caches;
 pub mod proportion;
+mod regrowth;
 pub mod suppression;
 
 use std::sync::atomic::Ordering::*;
 
-use crate::ledger::account::{BINS, HISTORY, SiteCopy};
-use crate::share::Share;
+use crate::ledger::account::{Age, BINS, HISTORY, SiteCopy};
 use crate::share::slot::Slot;
+use ages::Ages;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Verdict {
@@ -38,28 +41,35 @@ impl Verdict {
 pub struct Evidence {
     pub live_bytes: u64,
     pub live_count: u64,
+    pub alloc_bytes: u64,
     pub alloc_count: u64,
-    /// (records alive, distinct epochs among them) per bin of `bin_width` epochs, from `first_epoch` on.
-    pub bins: [(u32, u32); BINS],
+    /// What is alive, by bins of `bin_width` epochs from `first_epoch` on.
+    pub ages: [Age; BINS],
     pub bin_width: u64,
     pub first_epoch: u32,
     /// Of the latest allocation.
     pub last_epoch: u32,
     /// The process's epoch now.
     pub epoch: u32,
+    /// The first epoch of the transaction at hand; 0: none is known of.
+    pub transaction: u32,
+    /// Chunks that outlived their statement and were freed then, and the longest of their lives in epochs.
+    pub ended: u32,
+    pub longest_life: u32,
     /// (microseconds, live bytes) at the latest walks and now, oldest first.
     pub series: Vec<(i64, u64)>,
     pub first_seen: i64,
     pub last_seen: i64,
-    pub min_leak_bytes: u64,
+    pub now: i64,
     /// What an epoch is in this process, in the plural.
     pub unit: &'static str,
-    /// Why growth here is expected at first, from the table of known caches.
-    pub known_cache: Option<&'static str>,
+    /// Epochs are counted by the clock.
+    pub timed: bool,
     /// The time of day of the first allocation, as people read it; empty where nobody does.
     pub since: String,
-    /// So many contexts of one kind hold it; 0: it is not about contexts.
+    /// So many contexts of one kind hold it, with so many bytes of blocks; 0: it is not about contexts.
     pub contexts: u32,
+    pub context_bytes: u64,
 }
 
 #[derive(Clone, Debug, PartialEq)]
@@ -70,68 +80,52 @@ pub struct Judgement {
     pub generations: u32,
     pub growth_bytes_per_s: f64,
     pub reason: String,
+    /// All that is alive was allocated in the transaction at hand.
+    pub of_transaction: bool,
 }
 
 /// Fewer surviving generations than this are a burst, not a habit.
 const HABIT: u32 = 3;
-/// A known cache must outgrow this many generations before it is anything else.
-pub const CACHE_HABIT: u32 = 64;
-/// Hash tables allocate for many entries at a time, in chunks of at least this size: fewer generations say as much.
-const BATCH_BYTES: u64 = 4096;
-const BATCH_HABIT: u32 = 12;
-/// Fewer windows than this show no trend.
-const TREND: usize = 4;
-/// A burst that is worth a look: this many bytes in this many chunks.
+/// A burst that is worth a look: this many bytes in this many chunks; and so many, or so few epochs ago, that it stays
+/// worth one.
 const BURST_BYTES: u64 = 1 << 20;
 const BURST_COUNT: u64 = 1000;
+const LARGE_BURST: u64 = 16 << 20;
+const RECENT_BURST: u32 = 64;
+/// Of the pace in the earlier half of its life, what a growth has lost that saturates, or may be about to.
+const SATURATED: f64 = 0.2;
+const SATURATING: f64 = 0.45;
+/// One chunk freed among so many alive says how long chunks live here.
+const TURNOVER: u64 = 16;
+/// What a process that has no messages did not add to for so long, it may not add to again; microseconds.
+const LONG_QUIET: i64 = 60_000_000;
 
+/// The verdict on a call site, whatever its size.
 pub fn judge(e: &Evidence) -> Judgement {
-    let generations: u32 = e.bins.iter().map(|b| b.1).sum();
-    let growth_bytes_per_s = slope(e);
-    let freed = e.alloc_count.saturating_sub(e.live_count);
+    let ages = Ages::of(e);
+    let generations = ages.generations;
     let done = |verdict, confidence: f64, reason: String| Judgement {
         verdict,
         confidence: (confidence * 100.0).round() / 100.0,
         generations,
-        growth_bytes_per_s,
+        growth_bytes_per_s: slope(e),
         reason,
+        of_transaction: e.transaction != 0 && ages.first >= e.transaction,
     };
-    let fate = if freed == 0 {
-        format!("nothing of {} allocations freed", e.alloc_count)
-    } else {
-        format!("{} of {} allocations freed", freed, e.alloc_count)
-    };
+    let fate = e.fate();
     if e.live_count == 0 {
         return done(Verdict::Steady, 0.0, format!("nothing is held: all {} allocations were freed", e.alloc_count));
     }
-    let ages = format!("{generations} generations of survivors in {} {}", span(e), e.unit);
-    if e.live_bytes < e.min_leak_bytes {
-        return done(
-            Verdict::Steady,
-            0.0,
-            format!("holds {}, less than rheap.min_leak_bytes; {fate}", bytes(e.live_bytes)),
-        );
-    }
-    let batches = e.live_bytes / e.live_count >= BATCH_BYTES;
-    if let Some(why) = e.known_cache
-        && generations < if batches { BATCH_HABIT } else { CACHE_HABIT }
-    {
-        return done(Verdict::Cache, 0.05, format!("{why}; {fate}; {ages}"));
+    let survivors = format!("{generations} generations of survivors in {} {}", e.span(), e.unit);
+    if let Some((confidence, how)) = regrowth::found(e) {
+        let rate = bytes(slope(e).max(0.0) as u64);
+        return done(Verdict::Leak, confidence, format!("{how}, {rate} per second{}", e.since()));
     }
     if generations < HABIT {
-        if let Some(windows) = trend(e)
-            && freed > 0
-        {
-            let confidence = 1.0 - (-(windows as f64) / 3.0).exp();
-            let rate = bytes(growth_bytes_per_s.max(0.0) as u64);
-            return done(
-                Verdict::Leak,
-                confidence.min(0.99),
-                format!("made larger again and again: more in {windows} windows, {rate} per second{}", e.since()),
-            );
-        }
         let settled = e.epoch.saturating_sub(e.last_epoch);
-        return if e.live_bytes >= BURST_BYTES && e.live_count >= BURST_COUNT && freed * 10 < e.alloc_count {
+        let freed = e.alloc_count.saturating_sub(e.live_count);
+        let burst = e.live_bytes >= BURST_BYTES && e.live_count >= BURST_COUNT && freed * 10 < e.alloc_count;
+        return if burst && (settled < RECENT_BURST || e.live_bytes >= LARGE_BURST) {
             done(
                 Verdict::Suspect,
                 0.3,
@@ -142,78 +136,86 @@ pub fn judge(e: &Evidence) -> Judgement {
         };
     }
     // How often a generation stays, and for how long none has.
-    let pace = (e.last_epoch - e.first_epoch) as f64 / generations as f64;
-    let quiet = e.epoch.saturating_sub(newest_survivor(e)) as f64;
-    if quiet > 8.0 * pace + 8.0 {
-        return done(Verdict::Cache, 0.1, format!("stopped growing {quiet:.0} {} ago; {ages}; {fate}", e.unit));
+    let pace = ages.span() / generations as f64;
+    let quiet = e.epoch.saturating_sub(ages.last) as f64;
+    let quiet_time = e.now - e.last_seen;
+    if quiet > 8.0 * pace + 8.0 && quiet > ages.span() / 2.0
+        || e.timed && quiet_time > LONG_QUIET.max(2 * (e.last_seen - e.first_seen))
+    {
+        let ago = if e.timed { format!("{} s", quiet_time / 1_000_000) } else { format!("{quiet:.0} {}", e.unit) };
+        return done(Verdict::Cache, 0.1, format!("stopped growing {ago} ago; {survivors}; {fate}"));
     }
-    let (old, new) = halves(e);
-    if old == 0 {
-        return done(Verdict::Cache, 0.1, format!("only recent allocations are alive; {fate}; {ages}"));
+    // What is alive has not outlived what was freed here: the oldest make room.
+    if e.ended as u64 * TURNOVER >= ages.records && ages.certain_age <= 2 * e.longest_life as u64 + 2 {
+        let lives = format!("chunks live up to {} {} here and are freed then", e.longest_life, e.unit);
+        return done(Verdict::Cache, 0.1, format!("{lives}, and none alive is much older; {fate}"));
     }
-    // Generations that joined in the later half of its life, against those of the earlier half: a leak keeps its
-    // pace, a cache slows down as it fills.
-    let pace_kept = (new as f64 / old as f64).min(1.0);
-    if pace_kept < 0.2 {
-        return done(
-            Verdict::Cache,
-            0.2,
-            format!(
-                "growth saturates: {new} generations joined in the later half of its life, {old} in the earlier; {fate}"
-            ),
+    let kept_pace = ages.later_bytes / ages.earlier_bytes.max(1.0);
+    if kept_pace < SATURATED {
+        let halves = format!(
+            "{} joined in the later half of its life, {} in the earlier",
+            bytes(ages.later_bytes as u64),
+            bytes(ages.earlier_bytes as u64)
         );
+        return done(Verdict::Cache, 0.2, format!("growth saturates: {halves}; {fate}"));
     }
     let kept = e.live_count as f64 / e.alloc_count.max(1) as f64;
     // Three generations of a site that frees nothing are worth as much as a dozen of one that frees most.
-    let weight = generations as f64 * pace_kept * (0.25 + 0.75 * kept);
-    let confidence = 1.0 - (-weight / 3.0).exp();
+    let weight = generations as f64 * kept_pace.min(1.0) * (0.25 + 0.75 * kept);
+    let confidence = 1.0 - (-weight / 4.0).exp();
     let windows = e.series.len();
     let held = e.series.iter().filter(|&&(_, bytes)| bytes > 0).count();
     let held = if windows > 1 { format!("held in {held} of the last {windows} windows, ") } else { String::new() };
-    let many = if e.contexts > 0 { format!("{} contexts of one kind, ", e.contexts) } else { String::new() };
-    let units = span(e).max(1);
-    let per_unit = bytes((e.live_bytes + units / 2) / units);
+    let units = e.span().max(1);
+    let per_unit = bytes((e.size() + units / 2) / units);
     let unit = e.unit.split(' ').next().unwrap_or_default().trim_end_matches('s');
-    let reason = format!("{many}{held}{fate}, {per_unit} per {unit}, {ages}{}", e.since());
+    let many = match e.contexts {
+        0 => String::new(),
+        n => format!("{n} contexts of one kind in {}, ", bytes(e.context_bytes)),
+    };
+    let reason = format!("{many}{held}{fate}, {per_unit} per {unit}, {survivors}{}", e.since());
+    if kept_pace < SATURATING && ages.records >= 16 {
+        let slower = format!("growth slows down, to {:.0} % of what it was; {reason}", kept_pace * 100.0);
+        return done(Verdict::Suspect, confidence.min(0.45), slower);
+    }
     done(if confidence >= 0.5 { Verdict::Leak } else { Verdict::Suspect }, confidence.min(0.99), reason)
 }
 
+impl Judgement {
+    /// Of what is too small to matter.
+    pub fn small(self, bytes_held: u64) -> Judgement {
+        let reason = format!("holds {}, less than rheap.min_leak_bytes; {}", bytes(bytes_held), self.reason);
+        Judgement { verdict: Verdict::Steady, confidence: 0.0, reason, ..self }
+    }
+
+    /// Of what has a reason to grow.
+    pub fn cache(self, why: &str) -> Judgement {
+        let reason = format!("{why}; {}", self.reason);
+        Judgement { verdict: Verdict::Cache, confidence: 0.05, reason, ..self }
+    }
+}
+
 impl Evidence {
+    /// What it takes, all in all.
+    pub fn size(&self) -> u64 {
+        self.live_bytes.max(self.context_bytes)
+    }
+
+    fn fate(&self) -> String {
+        match self.alloc_count.saturating_sub(self.live_count) {
+            0 => format!("nothing of {} allocations freed", self.alloc_count),
+            freed => format!("{freed} of {} allocations freed", self.alloc_count),
+        }
+    }
+
     fn since(&self) -> String {
         if self.since.is_empty() { String::new() } else { format!(", since {}", self.since) }
     }
-}
 
-/// In how many windows there was more than in the one before, if that is nearly all of them, and the later ones add
-/// about as much as the earlier: what a buffer that doubles, or grows to the largest message, does not do.
-fn trend(e: &Evidence) -> Option<usize> {
-    let steps: Vec<i64> = e.series.windows(2).map(|w| w[1].1 as i64 - w[0].1 as i64).collect();
-    let grown = steps.iter().filter(|&&step| step > 0).count();
-    let (earlier, later) = steps.split_at(steps.len() / 2);
-    let keeps_pace = 2 * later.iter().sum::<i64>() >= earlier.iter().sum::<i64>();
-    (grown >= TREND && grown * 4 >= steps.len() * 3 && keeps_pace).then_some(grown)
-}
-
-/// Epochs from the first allocation to now.
-fn span(e: &Evidence) -> u64 {
-    e.epoch.max(e.last_epoch).saturating_sub(e.first_epoch) as u64 + 1
-}
-
-/// The latest epoch that something alive can be of.
-fn newest_survivor(e: &Evidence) -> u32 {
-    let bin = e.bins.iter().rposition(|b| b.0 > 0).unwrap_or(0) as u64;
-    e.last_epoch.min((e.first_epoch as u64 + (bin + 1) * e.bin_width - 1).min(u32::MAX as u64) as u32)
-}
-
-/// Surviving generations of the earlier and of the later half of the time in which the site has allocated.
-fn halves(e: &Evidence) -> (u32, u32) {
-    let used = ((e.last_epoch - e.first_epoch) as u64 / e.bin_width) as usize + 1;
-    let used = used.min(BINS);
-    let sum = |bins: &[(u32, u32)]| bins.iter().map(|b| b.1).sum();
-    if used == 1 {
-        return (e.bins[0].1, e.bins[0].1);
+    /// Epochs from the first allocation to now.
+    fn span(&self) -> u64 {
+        self.epoch.max(self.last_epoch).saturating_sub(self.first_epoch) as u64 + 1
     }
-    (sum(&e.bins[..used / 2]), sum(&e.bins[used / 2..used]))
 }
 
 /// Bytes per second by least squares over the windows, or over the site's life where there are none yet.
@@ -242,12 +244,12 @@ pub fn bytes(n: u64) -> String {
 }
 
 /// Gathers the evidence of a call site from the shared tables and judges it.
-pub fn judge_site(share: &Share, slot: &Slot, copy: &SiteCopy) -> Judgement {
-    judge_contexts(share, slot, copy, 0)
+pub fn judge_site(slot: &Slot, copy: &SiteCopy) -> Judgement {
+    judge_contexts(slot, copy, 0, 0)
 }
 
-/// The same for all that so many contexts of one kind hold, summed up in one account.
-pub fn judge_contexts(share: &Share, slot: &Slot, copy: &SiteCopy, contexts: u32) -> Judgement {
+/// The same for all that so many contexts of one kind hold, in so many bytes of blocks, summed up in one account.
+pub fn judge_contexts(slot: &Slot, copy: &SiteCopy, contexts: u32, context_bytes: u64) -> Judgement {
     let walks = slot.walks.load(Acquire) as usize;
     let mut series: Vec<(i64, u64)> = (walks.saturating_sub(HISTORY - 1) + 1..=walks)
         .map(|w| (slot.walk_times[w % HISTORY].load(Relaxed), copy.history[w % HISTORY]))
@@ -256,24 +258,28 @@ pub fn judge_contexts(share: &Share, slot: &Slot, copy: &SiteCopy, contexts: u32
     if series.last().is_none_or(|&(t, _)| t < copy.last_seen) {
         series.push((copy.last_seen, copy.live_bytes));
     }
-    let path = share.path_name(copy.path);
     judge(&Evidence {
         live_bytes: copy.live_bytes,
         live_count: copy.live_count,
+        alloc_bytes: copy.alloc_bytes,
         alloc_count: copy.alloc_count,
-        bins: copy.bins,
+        ages: copy.ages,
         bin_width: copy.bin_width,
         first_epoch: copy.first_epoch,
         last_epoch: copy.last_epoch,
         epoch: slot.epoch.load(Relaxed),
+        transaction: slot.transaction.load(Relaxed),
+        ended: copy.ended,
+        longest_life: copy.longest_life,
         series,
         first_seen: copy.first_seen,
         last_seen: copy.last_seen,
-        min_leak_bytes: crate::settings::min_leak_bytes(),
+        now: crate::process::now(),
         unit: slot.work_unit(),
-        known_cache: caches::known(&path),
+        timed: slot.is_timed(),
         since: crate::pg_compat::time_of_day(copy.first_seen),
         contexts,
+        context_bytes,
     })
 }
 

@@ -14,16 +14,18 @@ impl Held {
     }
 }
 
-/// What was kept over all repeats, or None where that is not in proportion to them: a cache is filled once, a ring
-/// is as full at the end as in the middle. Something that fills up while it is watched grows less and less; so does a
-/// table that is emptied now and then.
-pub fn kept(start: Held, middle: Held, end: Held) -> Option<Held> {
+/// What was kept over all repeats, of which `held` has the books before, in between and after, or None where that is not
+/// in proportion to them: a cache is filled once, and what fills up while it is watched grows less and less; what is
+/// emptied now and then has less at one moment than before.
+pub fn kept(held: &[Held]) -> Option<Held> {
+    let (start, middle, end) = (*held.first()?, held[held.len() / 2], *held.last()?);
     let (first, second) = (middle.since(start), end.since(middle));
     let all = end.since(start);
     let keeps_on = |first: i64, second: i64| first > 0 && second > 0 && second * 2 >= first;
     // A chunk that is made larger at each call is one chunk for ever; what is empty has no bytes.
-    (all.bytes >= 0 && (keeps_on(first.bytes, second.bytes) || (all.bytes == 0 && keeps_on(first.count, second.count))))
-        .then_some(all)
+    let by_bytes = keeps_on(first.bytes, second.bytes) && held.is_sorted_by_key(|h| h.bytes);
+    let by_count = all.bytes == 0 && keeps_on(first.count, second.count) && held.is_sorted_by_key(|h| h.count);
+    (by_bytes || by_count).then_some(all)
 }
 
 #[cfg(test)]
@@ -31,7 +33,7 @@ mod tests {
     use super::*;
 
     fn over(held: impl Fn(i64) -> Held) -> Option<Held> {
-        kept(held(10), held(60), held(110))
+        kept(&(1..=11).map(|batch| held(10 * batch)).collect::<Vec<_>>())
     }
 
     fn chunks(count: i64) -> Held {
@@ -60,7 +62,9 @@ mod tests {
         assert_eq!(over(|_| chunks(1)), None);
         assert_eq!(over(|call| chunks(call.min(50))), None, "fills within the first half");
         assert_eq!(over(|call| chunks(call.min(80))), None, "fills within the second half");
-        assert_eq!(over(|call| chunks(call % 100)), None, "emptied at each hundredth call");
+        for period in [16, 24, 40, 45, 48, 100] {
+            assert_eq!(over(|call| chunks(call % period)), None, "emptied at each {period}th call");
+        }
         assert_eq!(over(|call| chunks(1 + call % 2)), None, "one behind");
         assert_eq!(over(|call| chunks(200 - call)), None);
     }

@@ -7,15 +7,17 @@ use std::collections::HashMap;
 use std::sync::atomic::Ordering::*;
 
 use crate::hook::{self, Table as MethodTable};
-use crate::ledger::account::HISTORY;
+use crate::ledger::account::{HISTORY, SiteCopy};
 use crate::ledger::region::Budget;
 use crate::ledger::table::{Entry, Table};
 use crate::pg_compat::{self, MemoryContext};
 use crate::process::{self, Process};
 use crate::settings;
+use crate::share::Share;
 use crate::share::row::Seen;
 use crate::share::slot::Slot;
 use crate::verdict::proportion::Held;
+use crate::verdict::{Verdict, caches, judge_site};
 use moved::Moved;
 use path::DEEPEST;
 use pgrx::pg_sys;
@@ -247,6 +249,14 @@ fn add(paths: &mut Table<Found>, budget: &mut Budget, path: u32, seen: Seen, wal
     found.seen.watched |= seen.watched;
 }
 
+/// Whether a call site leaks, as far as that can be told without the names of functions.
+fn is_leak(share: &Share, slot: &Slot, copy: &SiteCopy) -> bool {
+    let judgement = judge_site(slot, copy);
+    judgement.verdict == Verdict::Leak
+        && copy.live_bytes >= settings::min_leak_bytes()
+        && !caches::may_be_cache(&share.path_name(copy.path), judgement.generations)
+}
+
 /// After a walk, with `rheap.log_leaks`: one line for each leak that is seen for the first time.
 pub fn log_new_leaks() {
     // SAFETY: between two messages; no hook is at work.
@@ -259,7 +269,7 @@ pub fn log_new_leaks() {
     process.ledger.each_site(|id| {
         let site = &share.sites.rows[id as usize];
         if let Some(copy) = site.copy()
-            && crate::verdict::judge_site(&share, slot, &copy).verdict == crate::verdict::Verdict::Leak
+            && is_leak(&share, slot, &copy)
             && site.first_report()
         {
             leaks.push(copy);
