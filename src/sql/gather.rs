@@ -2,20 +2,20 @@
 
 use std::collections::HashMap;
 use std::collections::hash_map::Entry;
-use std::sync::atomic::Ordering::*;
+use std::rc::Rc;
 
+use super::look::{Held, Look};
 use crate::ledger::account::SiteCopy;
 use crate::share::Share;
 use crate::symbols::helpers::is_helper;
 use crate::symbols::{Frame, Symbols};
-use crate::verdict::{Judgement, Verdict, judge_contexts};
+use crate::verdict::{Judgement, Verdict, judge_account};
 
 /// One row of `rheap_leaks` and `rheap_call_sites`, before names.
 pub struct Gathered {
     pub judgement: Judgement,
     pub copy: SiteCopy,
-    pub backend_type: String,
-    pub path: String,
+    pub backend_type: Rc<str>,
     pub processes: i32,
     pub pid: i32,
     /// More than one where rows were folded.
@@ -102,15 +102,12 @@ const UNROLLED: u64 = 16;
 /// Sums up the sites that allocate in contexts that multiply, under the outermost path that does. A site belongs to
 /// them if it has chunks in a good part of them (a loop that was unrolled makes several sites of one): what leaks within
 /// a few of many contexts is a leak of its own.
-fn multiplied(share: &Share, slot: u32, sites: Vec<SiteCopy>) -> Vec<Group> {
-    let many: HashMap<u32, u32> = (share.rows.owned(slot))
-        .flat_map(|chunk| share.rows.rows_of(chunk).filter_map(|(_, row)| row.copy()))
-        .filter(|row| row.seen.contexts >= MANY)
-        .map(|row| (row.path, row.seen.contexts))
-        .collect();
+fn multiplied(share: &Share, held: &Held) -> Vec<Group> {
+    let many: HashMap<u32, u32> =
+        (held.rows.iter()).filter(|row| row.seen.contexts >= MANY).map(|row| (row.path, row.seen.contexts)).collect();
     let mut groups: Vec<Group> = Vec::new();
     let mut of_path: HashMap<u32, usize> = HashMap::new();
-    for copy in sites {
+    for copy in held.sites.iter().cloned() {
         let mut outermost = None;
         let mut path = copy.path;
         while path != 0 {
@@ -158,33 +155,24 @@ impl Group {
 }
 
 /// Worst first.
-pub fn gather(function: &str, pid: Option<i32>, fold: Fold, wanted: impl Fn(Verdict) -> bool) -> Vec<Gathered> {
-    let (share, slots) = super::slots(function, pid);
-    let mut folded: HashMap<(String, u32, u32), Gathered> = HashMap::new();
-    for (index, slot) in slots {
-        if slot.reset_pending() {
-            continue;
-        }
-        let (pid, backend_type) = (slot.pid.load(Acquire), super::backend_type(slot));
-        let sites: Vec<SiteCopy> = (share.sites.owned(index))
-            .flat_map(|chunk| share.sites.rows_of(chunk).filter_map(|(_, site)| site.copy()))
-            .collect();
+pub fn gather(look: &Look, fold: Fold, wanted: impl Fn(Verdict) -> bool) -> Vec<Gathered> {
+    let mut folded: HashMap<(Rc<str>, u32, u32), Gathered> = HashMap::new();
+    for held in &look.processes {
         let groups = match fold {
-            Fold::Nothing => sites.into_iter().map(Group::from).collect(),
-            Fold::Contexts => multiplied(&share, index, sites),
+            Fold::Nothing => held.sites.iter().cloned().map(Group::from).collect(),
+            Fold::Contexts => multiplied(&look.share, held),
         };
         for Group { copy, contexts, stacks } in groups {
-            let judgement = judge_contexts(&share, slot, &copy, contexts);
-            let key = (backend_type.clone(), copy.path, if contexts == 0 { copy.stack } else { 0 });
+            let judgement = judge_account(&look.share, &held.progress, &copy, contexts);
+            let key = (held.backend_type.clone(), copy.path, if contexts == 0 { copy.stack } else { 0 });
             match folded.entry(key) {
-                Entry::Occupied(mut known) => known.get_mut().merge(judgement, copy, pid),
+                Entry::Occupied(mut known) => known.get_mut().merge(judgement, copy, held.pid),
                 Entry::Vacant(free) => {
                     free.insert(Gathered {
                         judgement,
-                        backend_type: backend_type.clone(),
-                        path: share.path_name(copy.path),
+                        backend_type: held.backend_type.clone(),
                         processes: (copy.live_count > 0) as i32,
-                        pid,
+                        pid: held.pid,
                         stacks,
                         most: copy.live_bytes,
                         copy,

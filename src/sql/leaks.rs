@@ -2,13 +2,17 @@
 
 use std::collections::HashMap;
 use std::collections::hash_map::Entry;
+use std::rc::Rc;
 
 use pgrx::datum::TimestampWithTimeZone;
 use pgrx::prelude::*;
 
 use super::gather::{Fold, Gathered, gather};
+use super::look::Look;
+use crate::share::Share;
 use crate::symbols::{Frame, Symbols};
 use crate::verdict::Verdict;
+use crate::verdict::suppression::Suppression;
 
 /// One row per leak, worst first.
 #[pg_extern(volatile, parallel_restricted)]
@@ -37,18 +41,20 @@ fn rheap_leaks(
         name!(stack, Vec<String>),
     ),
 > {
-    TableIterator::new(leaks("rheap_leaks", pid).into_iter().map(|(g, frames, at, query_id)| {
+    let look = Look::take("rheap_leaks", pid);
+    let rows = leaks(&look, &mut Namer::new(&look.share));
+    TableIterator::new(rows.into_iter().map(|Named { gathered: g, path, frames, at, query_id }| {
         (
             g.judgement.verdict.name().into(),
             g.judgement.confidence,
             name(&frames, at),
             location(&frames, at),
-            g.path,
+            path,
             g.copy.live_bytes as i64,
             g.copy.live_count as i64,
             g.judgement.growth_bytes_per_s,
             g.judgement.generations as i32,
-            g.backend_type,
+            g.backend_type.to_string(),
             g.processes,
             g.pid,
             query_id,
@@ -92,19 +98,22 @@ fn rheap_call_sites(
         name!(exact, bool),
     ),
 > {
-    let rows = gather("rheap_call_sites", pid, Fold::Nothing, |_| true);
-    TableIterator::new(named(rows).into_iter().map(|(g, frames, at, query_id)| {
+    let look = Look::take("rheap_call_sites", pid);
+    let mut namer = Namer::new(&look.share);
+    // Each is named when it is asked for: of ten thousand, names and stacks are most of the memory.
+    TableIterator::new(gather(&look, Fold::Nothing, |_| true).into_iter().map(move |row| {
+        let Named { gathered: g, path, frames, at, query_id } = namer.name(row);
         (
             g.judgement.verdict.name().into(),
             g.judgement.confidence,
             name(&frames, at),
             location(&frames, at),
-            g.path,
+            path,
             g.copy.live_bytes as i64,
             g.copy.live_count as i64,
             g.judgement.growth_bytes_per_s,
             g.judgement.generations as i32,
-            g.backend_type,
+            g.backend_type.to_string(),
             g.processes,
             g.pid,
             query_id,
@@ -121,50 +130,75 @@ fn rheap_call_sites(
     }))
 }
 
-/// A row with its frames, the culprit's index among them, and the query id where the caller may see it.
-pub type Named = (Gathered, Vec<Frame>, usize, Option<i64>);
+/// A row with its names.
+pub struct Named {
+    pub gathered: Gathered,
+    pub path: String,
+    pub frames: Vec<Frame>,
+    /// The culprit's index among the frames.
+    pub at: usize,
+    /// Where the caller may see it.
+    pub query_id: Option<i64>,
+}
 
 /// Leaks and suspects that nobody has suppressed, worst first. Sites of one leak that differ in the depth of a recursion
 /// or in their place in a loop that was unrolled are one row: their functions are the same, and the culprit's line.
-pub fn leaks(function: &str, pid: Option<i32>) -> Vec<Named> {
-    let rows = gather(function, pid, Fold::Contexts, |verdict| verdict >= Verdict::Suspect);
+pub fn leaks(look: &Look, namer: &mut Namer) -> Vec<Named> {
+    let rows = gather(look, Fold::Contexts, |verdict| verdict >= Verdict::Suspect);
     let mut folded: Vec<Named> = Vec::new();
-    let mut known: HashMap<(String, u32, String, Vec<String>), usize> = HashMap::new();
-    for row in named(rows) {
-        let (gathered, frames, at, _) = &row;
+    let mut known: HashMap<(Rc<str>, u32, String, Vec<String>), usize> = HashMap::new();
+    for row in rows.into_iter().map(|row| namer.name(row)) {
+        let gathered = &row.gathered;
         if gathered.judgement.verdict < Verdict::Suspect {
             continue;
         }
-        let mut functions: Vec<String> = frames.iter().map(|f| f.name().to_string()).collect();
+        let mut functions: Vec<String> = row.frames.iter().map(|f| f.name().to_string()).collect();
         functions.dedup();
-        let key = (gathered.backend_type.clone(), gathered.copy.path, location(frames, *at), functions);
+        let key = (gathered.backend_type.clone(), gathered.copy.path, location(&row.frames, row.at), functions);
         match known.entry(key) {
             Entry::Vacant(free) => {
                 free.insert(folded.len());
                 folded.push(row);
             }
-            Entry::Occupied(first) => folded[*first.get()].0.absorb(row.0),
+            Entry::Occupied(first) => folded[*first.get()].gathered.absorb(row.gathered),
         }
     }
-    folded.sort_by(|a, b| a.0.cmp(&b.0));
+    folded.sort_by(|a, b| a.gathered.cmp(&b.gathered));
     folded
 }
 
-fn named(rows: Vec<Gathered>) -> Vec<Named> {
-    let share = super::share();
-    let mut symbols = Symbols::new(&share);
-    let all_stats = super::reads_all_stats();
-    let suppressions = super::suppress::all();
-    rows.into_iter()
-        .map(|mut g| {
-            let (frames, at) = g.frames(&mut symbols);
-            let query_id = Some(g.copy.query_id).filter(|&id| id != 0 && all_stats);
-            if let Some(found) = suppressions.iter().find(|s| s.covers(&g.path, &frames)) {
-                g.judgement = found.judgement(g.judgement);
-            }
-            (g, frames, at, query_id)
-        })
-        .collect()
+/// Names the rows of one call, and applies what the user has suppressed.
+pub struct Namer {
+    pub share: Share,
+    pub symbols: Symbols,
+    suppressions: Vec<Suppression>,
+    all_stats: bool,
+}
+
+impl Namer {
+    pub fn new(share: &Share) -> Self {
+        Namer {
+            share: *share,
+            symbols: Symbols::new(share),
+            suppressions: super::suppress::all(),
+            all_stats: super::reads_all_stats(),
+        }
+    }
+
+    fn name(&mut self, gathered: Gathered) -> Named {
+        let (frames, at) = gathered.frames(&mut self.symbols);
+        self.named(gathered, frames, at)
+    }
+
+    /// With frames that are known already.
+    pub fn named(&self, mut gathered: Gathered, frames: Vec<Frame>, at: usize) -> Named {
+        let path = self.share.path_name(gathered.copy.path);
+        let query_id = Some(gathered.copy.query_id).filter(|&id| id != 0 && self.all_stats);
+        if let Some(found) = self.suppressions.iter().find(|s| s.covers(&path, &frames)) {
+            gathered.judgement = found.judgement(gathered.judgement);
+        }
+        Named { gathered, path, frames, at, query_id }
+    }
 }
 
 pub fn name(frames: &[Frame], at: usize) -> String {

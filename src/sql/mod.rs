@@ -8,6 +8,7 @@ mod gather;
 mod install;
 mod install_reports;
 mod leaks;
+mod look;
 mod model;
 mod processes;
 mod reset;

@@ -241,16 +241,32 @@ pub fn bytes(n: u64) -> String {
     }
 }
 
-/// Gathers the evidence of a call site from the shared tables and judges it.
-pub fn judge_site(share: &Share, slot: &Slot, copy: &SiteCopy) -> Judgement {
-    judge_contexts(share, slot, copy, 0)
+/// How far a process has come with its work, at the moment that its accounts are of.
+pub struct Progress {
+    epoch: u32,
+    /// What an epoch is there, in the plural.
+    unit: &'static str,
+    walks: usize,
+    walk_times: [i64; HISTORY],
 }
 
-/// The same for all that so many contexts of one kind hold, summed up in one account.
-pub fn judge_contexts(share: &Share, slot: &Slot, copy: &SiteCopy, contexts: u32) -> Judgement {
-    let walks = slot.walks.load(Acquire) as usize;
+impl Progress {
+    pub fn of(slot: &Slot) -> Self {
+        Progress {
+            epoch: slot.epoch.load(Relaxed),
+            unit: slot.work_unit(),
+            walks: slot.walks.load(Acquire) as usize,
+            walk_times: std::array::from_fn(|i| slot.walk_times[i].load(Relaxed)),
+        }
+    }
+}
+
+/// Gathers the evidence of a call site, or of all that so many contexts of one kind hold, summed up in one account, and
+/// judges it. `contexts` is 0 where it is not about contexts.
+pub fn judge_account(share: &Share, progress: &Progress, copy: &SiteCopy, contexts: u32) -> Judgement {
+    let walks = progress.walks;
     let mut series: Vec<(i64, u64)> = (walks.saturating_sub(HISTORY - 1) + 1..=walks)
-        .map(|w| (slot.walk_times[w % HISTORY].load(Relaxed), copy.history[w % HISTORY]))
+        .map(|w| (progress.walk_times[w % HISTORY], copy.history[w % HISTORY]))
         .filter(|&(t, _)| t != 0)
         .collect();
     if series.last().is_none_or(|&(t, _)| t < copy.last_seen) {
@@ -265,12 +281,12 @@ pub fn judge_contexts(share: &Share, slot: &Slot, copy: &SiteCopy, contexts: u32
         bin_width: copy.bin_width,
         first_epoch: copy.first_epoch,
         last_epoch: copy.last_epoch,
-        epoch: slot.epoch.load(Relaxed),
+        epoch: progress.epoch,
         series,
         first_seen: copy.first_seen,
         last_seen: copy.last_seen,
         min_leak_bytes: crate::settings::min_leak_bytes(),
-        unit: slot.work_unit(),
+        unit: progress.unit,
         known_cache: caches::known(&path),
         since: crate::pg_compat::time_of_day(copy.first_seen),
         contexts,

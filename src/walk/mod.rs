@@ -16,6 +16,7 @@ use crate::settings;
 use crate::share::row::Seen;
 use crate::share::slot::Slot;
 use crate::verdict::proportion::Held;
+use crate::verdict::{Progress, Verdict, judge_account};
 use moved::Moved;
 use path::DEEPEST;
 use pgrx::pg_sys;
@@ -255,11 +256,12 @@ pub fn log_new_leaks() {
         return;
     }
     let (Some(share), Some(slot)) = (process.share, process.slot()) else { return };
+    let progress = Progress::of(slot);
     let mut leaks = Vec::new();
     process.ledger.each_site(|id| {
         let site = &share.sites.rows[id as usize];
         if let Some(copy) = site.copy()
-            && crate::verdict::judge_site(&share, slot, &copy).verdict == crate::verdict::Verdict::Leak
+            && judge_account(&share, &progress, &copy, 0).verdict == Verdict::Leak
             && site.first_report()
         {
             leaks.push(copy);
