@@ -4,6 +4,8 @@ use std::collections::HashMap;
 
 use pgrx::prelude::*;
 
+use super::gather::multiplied;
+use super::leaks::Namer;
 use super::look::Look;
 use crate::exports::Context;
 use crate::pg_compat::KINDS;
@@ -33,7 +35,8 @@ fn rheap_contexts(
         name!(verdict, String),
     ),
 > {
-    let rows = contexts(&Look::take("rheap_contexts", pid));
+    let look = Look::take("rheap_contexts", pid);
+    let rows = contexts(&look, &mut Namer::new(&look.share));
     TableIterator::new(rows.into_iter().map(|c| {
         (
             c.pid,
@@ -55,15 +58,20 @@ fn rheap_contexts(
 }
 
 /// The rows of the view, what has grown most first.
-pub fn contexts(look: &Look) -> Vec<Context> {
+pub fn contexts(look: &Look, namer: &mut Namer) -> Vec<Context> {
     let share = &look.share;
     let mut rows = Vec::new();
     for held in &look.processes {
-        // A path is judged by the worst of its call sites.
+        // A path has the worst verdict of what its contexts hold, as `rheap_leaks` of this process judges it.
         let mut worst: HashMap<u32, Verdict> = HashMap::new();
-        for copy in &held.sites {
-            let verdict = judge_account(share, &held.progress, copy, 0).verdict;
-            worst.entry(copy.path).and_modify(|w| *w = verdict.max(*w)).or_insert(verdict);
+        for group in multiplied(share, held) {
+            let mut verdict = judge_account(share, &held.progress, &group.copy, group.contexts).verdict;
+            if verdict > Verdict::Steady && namer.is_suppressed(&group) {
+                verdict = Verdict::Steady;
+            }
+            for &path in &group.paths {
+                worst.entry(path).and_modify(|w| *w = verdict.max(*w)).or_insert(verdict);
+            }
         }
         for row in &held.rows {
             let path = share.path_name(row.path);
@@ -75,7 +83,7 @@ pub fn contexts(look: &Look) -> Vec<Context> {
             rows.push(Context {
                 pid: held.pid,
                 backend_type: held.backend_type.to_string(),
-                name: path.rsplit('/').next().unwrap_or_default().to_string(),
+                name: share.last_name(row.path),
                 path,
                 kind: KINDS.get(row.seen.kind as usize).copied(),
                 contexts: row.seen.contexts,

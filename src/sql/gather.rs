@@ -73,15 +73,17 @@ impl Gathered {
 }
 
 /// What of one process is one row: a call site, or all that the contexts of a kind that multiplies hold.
-struct Group {
-    copy: SiteCopy,
-    contexts: u32,
-    stacks: Vec<u32>,
+pub struct Group {
+    pub copy: SiteCopy,
+    pub contexts: u32,
+    pub stacks: Vec<u32>,
+    /// The paths that its sites allocate in.
+    pub paths: Vec<u32>,
 }
 
 impl From<SiteCopy> for Group {
     fn from(copy: SiteCopy) -> Self {
-        Group { stacks: vec![copy.stack], contexts: 0, copy }
+        Group { stacks: vec![copy.stack], paths: vec![copy.path], contexts: 0, copy }
     }
 }
 
@@ -102,7 +104,7 @@ const UNROLLED: u64 = 16;
 /// Sums up the sites that allocate in contexts that multiply, under the outermost path that does. A site belongs to
 /// them if it has chunks in a good part of them (a loop that was unrolled makes several sites of one): what leaks within
 /// a few of many contexts is a leak of its own.
-fn multiplied(share: &Share, held: &Held) -> Vec<Group> {
+pub fn multiplied(share: &Share, held: &Held) -> Vec<Group> {
     let many: HashMap<u32, u32> =
         (held.rows.iter()).filter(|row| row.seen.contexts >= MANY).map(|row| (row.path, row.seen.contexts)).collect();
     let mut groups: Vec<Group> = Vec::new();
@@ -126,7 +128,8 @@ fn multiplied(share: &Share, held: &Held) -> Vec<Group> {
             Some(&known) => groups[known].join(copy),
             None => {
                 of_path.insert(path, groups.len());
-                groups.push(Group { stacks: vec![copy.stack], contexts, copy: SiteCopy { path, ..copy } });
+                let (stacks, paths) = (vec![copy.stack], vec![path, copy.path]);
+                groups.push(Group { stacks, paths, contexts, copy: SiteCopy { path, ..copy } });
             }
         }
     }
@@ -138,6 +141,7 @@ impl Group {
     fn join(&mut self, other: SiteCopy) {
         let generations = |copy: &SiteCopy| copy.bins.iter().map(|bin| bin.1).sum::<u32>();
         self.stacks.push(other.stack);
+        self.paths.push(other.path);
         let all = &mut self.copy;
         let sum = SiteCopy {
             path: all.path,
@@ -162,7 +166,7 @@ pub fn gather(look: &Look, fold: Fold, wanted: impl Fn(Verdict) -> bool) -> Vec<
             Fold::Nothing => held.sites.iter().cloned().map(Group::from).collect(),
             Fold::Contexts => multiplied(&look.share, held),
         };
-        for Group { copy, contexts, stacks } in groups {
+        for Group { copy, contexts, stacks, .. } in groups {
             let judgement = judge_account(&look.share, &held.progress, &copy, contexts);
             let key = (held.backend_type.clone(), copy.path, if contexts == 0 { copy.stack } else { 0 });
             match folded.entry(key) {
@@ -189,10 +193,15 @@ pub fn gather(look: &Look, fold: Fold, wanted: impl Fn(Verdict) -> bool) -> Vec<
 impl Gathered {
     /// The frames of the row, and the index of the culprit among them.
     pub fn frames(&self, symbols: &mut Symbols) -> (Vec<Frame>, usize) {
-        match &self.stacks[..] {
-            [stack] => culprit(symbols, *stack),
-            stacks => common(stacks.iter().map(|&stack| symbols.stack(stack)).collect()),
-        }
+        frames(&self.stacks, symbols)
+    }
+}
+
+/// What the stacks of a row have in common, and the index of the culprit among these frames.
+pub fn frames(stacks: &[u32], symbols: &mut Symbols) -> (Vec<Frame>, usize) {
+    match stacks {
+        [stack] => culprit(symbols, *stack),
+        stacks => common(stacks.iter().map(|&stack| symbols.stack(stack)).collect()),
     }
 }
 

@@ -7,7 +7,7 @@ use std::rc::Rc;
 use pgrx::datum::TimestampWithTimeZone;
 use pgrx::prelude::*;
 
-use super::gather::{Fold, Gathered, gather};
+use super::gather::{Fold, Gathered, Group, frames, gather};
 use super::look::Look;
 use crate::share::Share;
 use crate::symbols::{Frame, Symbols};
@@ -194,10 +194,28 @@ impl Namer {
     pub fn named(&self, mut gathered: Gathered, frames: Vec<Frame>, at: usize) -> Named {
         let path = self.share.path_name(gathered.copy.path);
         let query_id = Some(gathered.copy.query_id).filter(|&id| id != 0 && self.all_stats);
-        if let Some(found) = self.suppressions.iter().find(|s| s.covers(&path, &frames)) {
+        if let Some(found) = self.suppression(gathered.copy.path, &path, &frames) {
             gathered.judgement = found.judgement(gathered.judgement);
         }
         Named { gathered, path, frames, at, query_id }
+    }
+
+    /// Whether what of one process is one row is suppressed.
+    pub fn is_suppressed(&mut self, group: &Group) -> bool {
+        if self.suppressions.is_empty() {
+            return false;
+        }
+        let (frames, _) = frames(&group.stacks, &mut self.symbols);
+        let path = self.share.path_name(group.copy.path);
+        self.suppression(group.copy.path, &path, &frames).is_some()
+    }
+
+    fn suppression(&self, id: u32, path: &str, frames: &[Frame]) -> Option<&Suppression> {
+        if self.suppressions.is_empty() {
+            return None;
+        }
+        let name = self.share.last_name(id);
+        self.suppressions.iter().find(|s| s.covers(path, &name, frames))
     }
 }
 

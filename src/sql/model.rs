@@ -21,8 +21,8 @@ fn model(function: &str, pid: Option<i32>) -> Model {
     let taken_at = crate::process::now();
     let share = look.share;
     let processes = processes(look.processes.iter().map(|held| held.slot));
-    let contexts = contexts(&look);
     let mut namer = Namer::new(&share);
+    let contexts = contexts(&look, &mut namer);
     let leaks = leaks(&look, &mut namer).into_iter().map(|named| {
         let (facts, frames) = site(named, Vec::new());
         Leak { facts, frames }
