@@ -7,6 +7,7 @@ use pgrx::prelude::*;
 use super::gather::multiplied;
 use super::leaks::Namer;
 use super::look::Look;
+use super::text::Text;
 use crate::exports::Context;
 use crate::pg_compat::KINDS;
 use crate::verdict::{Verdict, judge_account};
@@ -20,10 +21,10 @@ fn rheap_contexts(
     'static,
     (
         name!(pid, i32),
-        name!(backend_type, String),
-        name!(path, String),
-        name!(name, String),
-        name!(type, Option<String>),
+        name!(backend_type, Text),
+        name!(path, Text),
+        name!(name, Text),
+        name!(type, Option<Text>),
         name!(contexts, i32),
         name!(total_bytes, i64),
         name!(used_bytes, i64),
@@ -32,7 +33,7 @@ fn rheap_contexts(
         name!(growth_bytes, i64),
         name!(growth_bytes_per_s, f64),
         name!(watched, bool),
-        name!(verdict, String),
+        name!(verdict, Text),
     ),
 > {
     let look = Look::take("rheap_contexts", pid);
@@ -40,10 +41,10 @@ fn rheap_contexts(
     TableIterator::new(rows.into_iter().map(|c| {
         (
             c.pid,
-            c.backend_type,
-            c.path,
-            c.name,
-            c.kind.map(str::to_string),
+            c.backend_type.into(),
+            c.path.into(),
+            c.name.into(),
+            c.kind.map(Text::from),
             c.contexts as i32,
             c.total_bytes as i64,
             c.used_bytes as i64,
@@ -52,7 +53,7 @@ fn rheap_contexts(
             c.growth_bytes,
             c.growth_bytes_per_s,
             c.watched,
-            c.verdict.name().to_string(),
+            c.verdict.name().into(),
         )
     }))
 }

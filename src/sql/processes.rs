@@ -5,6 +5,7 @@ use std::sync::atomic::Ordering::*;
 use pgrx::datum::TimestampWithTimeZone;
 use pgrx::prelude::*;
 
+use super::text::Text;
 use crate::exports::Process;
 use crate::ledger::account::HISTORY;
 use crate::settings::Mode;
@@ -19,8 +20,8 @@ fn rheap_processes(
     'static,
     (
         name!(pid, i32),
-        name!(backend_type, String),
-        name!(mode, String),
+        name!(backend_type, Text),
+        name!(mode, Text),
         name!(watched_contexts, i32),
         name!(allocations, i64),
         name!(frees, i64),
@@ -39,8 +40,8 @@ fn rheap_processes(
     TableIterator::new(rows.into_iter().map(|p| {
         (
             p.pid,
-            p.backend_type,
-            p.mode.to_string(),
+            p.backend_type.into(),
+            p.mode.into(),
             p.watched_contexts as i32,
             p.allocations as i64,
             p.frees as i64,
