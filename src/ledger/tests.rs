@@ -1,6 +1,6 @@
 //! The ledger against a model that is too simple to be wrong, and the estimates against the truth.
 
-use super::account::{BINS, Site, SiteCopy, Stamp};
+use super::account::{Age, BINS, Site, SiteCopy, Stamp};
 use super::*;
 use proptest::prelude::*;
 use std::collections::HashMap;
@@ -221,8 +221,9 @@ proptest! {
                 let copy = ledger.site(stack, path).and_then(|id| sites.site(id).copy()).unwrap_or_default();
                 prop_assert_eq!((copy.live_count, copy.live_bytes), (count, bytes));
                 prop_assert_eq!((copy.alloc_count, copy.alloc_bytes), (allocs, alloc_bytes));
-                prop_assert_eq!(copy.bins.iter().map(|b| b.0 as u64).sum::<u64>(), count);
-                prop_assert!(copy.bins.iter().all(|b| b.1 <= b.0));
+                prop_assert_eq!(copy.ages.iter().map(|age| age.records as u64).sum::<u64>(), count);
+                prop_assert_eq!(copy.ages.iter().map(|age| age.bytes).sum::<u64>(), bytes);
+                prop_assert!(copy.ages.iter().all(|age| age.generations <= age.records));
                 prop_assert!(copy.exact || copy == SiteCopy::default());
             }
         }
@@ -257,7 +258,7 @@ proptest! {
             if let Some(copy) = site.copy() {
                 // What was added with a weight was subtracted with the same weight, thinned or not.
                 prop_assert_eq!((copy.live_count, copy.live_bytes), (0, 0));
-                prop_assert!(copy.bins.iter().all(|b| *b == (0, 0)));
+                prop_assert!(copy.ages.iter().all(|age| *age == Age::default()));
             }
         }
     }
@@ -370,6 +371,7 @@ fn generations_count_distinct_epochs_with_survivors() {
     let sites = accounts();
     let mut ledger = Ledger::new(1 << 22, 1);
     for epoch in 1..=1000u32 {
+        ledger.epoch = epoch;
         // Two leaked per epoch at stack 1; at stack 2 each chunk is freed one epoch later.
         alloc(&mut ledger, &sites, address(4 * epoch as u64), 8, 64, 1, 1, epoch);
         alloc(&mut ledger, &sites, address(4 * epoch as u64 + 1), 8, 64, 1, 1, epoch);
@@ -377,9 +379,11 @@ fn generations_count_distinct_epochs_with_survivors() {
         ledger.flush(Due::Statement, at(epoch), &sites);
         ledger.free(address(4 * (epoch as u64 - 1) + 2), at(epoch), &sites);
     }
-    let generations = |site: u32| sites.site(site).copy().unwrap().bins.iter().map(|b| b.1).sum::<u32>();
+    let generations = |site: u32| sites.site(site).copy().unwrap().ages.iter().map(|age| age.generations).sum::<u32>();
     assert_eq!(generations(9), 1000);
     assert_eq!(generations(17), 1);
+    assert_eq!(sites.site(9).copy().map(|copy| (copy.ended, copy.longest_life)), Some((0, 0)));
+    assert_eq!(sites.site(17).copy().map(|copy| (copy.ended, copy.longest_life)), Some((999, 1)));
     let copy = sites.site(9).copy().unwrap();
     assert!(copy.bin_width as usize * BINS >= 1000 && copy.bin_width as usize * BINS < 4000);
 }

@@ -265,7 +265,12 @@ impl Share {
         name
     }
 
-    /// The same without memory, into whatever takes it. Error: that of `out`.
+    /// The last name of a context path. Names may have a `/` in them, as `PL/pgSQL function` has.
+    pub fn last_name(&self, path: u32) -> String {
+        dictionary::unpack(&self.paths.get(path)).map_or(String::new(), |(_, name)| name)
+    }
+
+    /// The path's name without memory, into whatever takes it. Error: that of `out`.
     pub fn write_path(&self, path: u32, out: &mut impl Write) -> std::fmt::Result {
         let mut chain = [0u32; 64];
         let mut depth = 0;
@@ -347,10 +352,11 @@ mod tests {
         let share = Share::map(1, 16, false).unwrap();
         let mut words = [0; 64];
         let mut parent = 0;
-        for name in ["TopMemoryContext", "CacheMemoryContext", "CachedPlan"] {
+        for name in ["TopMemoryContext", "CacheMemoryContext", "PL/pgSQL function"] {
             let n = dictionary::pack(parent as u64, name.as_bytes(), &mut words);
             parent = share.paths.intern(&words[..n]);
         }
-        assert_eq!(share.path_name(parent), "TopMemoryContext/CacheMemoryContext/CachedPlan");
+        assert_eq!(share.path_name(parent), "TopMemoryContext/CacheMemoryContext/PL/pgSQL function");
+        assert_eq!(share.last_name(parent), "PL/pgSQL function");
     }
 }

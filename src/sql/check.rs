@@ -8,6 +8,7 @@ use pgrx::prelude::*;
 use pgrx::{PgSqlErrorCode, pg_sys};
 
 use super::gather::culprit;
+use super::text::{Text, for_message, to_server};
 use crate::symbols::{Frame, Symbols};
 use crate::verdict::caches;
 use crate::verdict::proportion::{Held, kept};
@@ -15,6 +16,11 @@ use crate::{process, walk};
 
 /// Into so many parts the repeats are cut, if they are as many, with a look at the books after each.
 const BATCHES: i32 = 10;
+
+/// What to write, for those who wrote something else.
+const STATEMENT: &str = "Write it as text, for example 'SELECT my_function(1)'.";
+const REPEAT: &str = "Write a number from 2 to 10000000; 100 is the default.";
+const WARMUP: &str = "Write a number from 0 to 10000000; 10 is the default.";
 
 /// A call site that keeps memory, or all call sites in contexts that multiply.
 struct Finding {
@@ -91,23 +97,34 @@ fn run(statement: &CString, times: i32) {
     }
 }
 
-fn check(function: &str, statement: &str, repeat: i32, warmup: i32) -> Vec<Finding> {
+/// What to run and how often, as it was asked for.
+struct Wanted {
+    statement: Option<Text>,
+    repeat: Option<i32>,
+    warmup: Option<i32>,
+}
+
+/// The findings, and the number of repeats.
+fn check(function: &str, wanted: Wanted) -> (Vec<Finding>, i32) {
+    let null = |what: &str, hint: &str| -> ! {
+        super::refuse(PgSqlErrorCode::ERRCODE_NULL_VALUE_NOT_ALLOWED, format!("{function} needs a {what}"), hint)
+    };
+    let Some(Text(statement)) = wanted.statement else { null("statement", STATEMENT) };
+    let Some(repeat) = wanted.repeat else { null("number of repeats", REPEAT) };
+    let Some(warmup) = wanted.warmup else { null("number of calls to warm up", WARMUP) };
     let invalid =
         |message: String, hint: &str| super::refuse(PgSqlErrorCode::ERRCODE_INVALID_PARAMETER_VALUE, message, hint);
     if statement.trim().is_empty() {
-        invalid(format!("{function} needs a statement"), "Write it as text, for example 'SELECT my_function(1)'.");
+        invalid(format!("{function} needs a statement"), STATEMENT);
     }
     if !(2..=10_000_000).contains(&repeat) {
-        invalid(format!("{repeat} repeats are not possible"), "Write a number from 2 to 10000000; 100 is the default.");
+        invalid(format!("{repeat} repeats are not possible"), REPEAT);
     }
     if !(0..=10_000_000).contains(&warmup) {
-        invalid(
-            format!("{warmup} calls to warm up are not possible"),
-            "Write a number from 0 to 10000000; 10 is the default.",
-        );
+        invalid(format!("{warmup} calls to warm up are not possible"), WARMUP);
     }
     let share = super::share();
-    let statement = CString::new(statement).unwrap_or_default();
+    let statement = CString::new(to_server(&statement, "\\").into_owned()).unwrap_or_default();
     let mut books = Vec::new();
     {
         let _recording = Recording::start();
@@ -186,7 +203,7 @@ fn check(function: &str, statement: &str, repeat: i32, warmup: i32) -> Vec<Findi
         });
     }
     findings.sort_by(|a, b| b.kept.bytes.cmp(&a.kept.bytes).then_with(|| a.function.cmp(&b.function)));
-    findings
+    (findings, repeat)
 }
 
 /// Runs a statement `warmup + repeat` times in this session and returns the call sites that keep memory in proportion
@@ -195,34 +212,40 @@ fn check(function: &str, statement: &str, repeat: i32, warmup: i32) -> Vec<Findi
 #[pg_extern(volatile, parallel_unsafe)]
 #[allow(clippy::type_complexity)]
 fn rheap_check(
-    statement: &str,
-    repeat: default!(i32, 100),
-    warmup: default!(i32, 10),
+    statement: Option<Text>,
+    repeat: default!(Option<i32>, 100),
+    warmup: default!(Option<i32>, 10),
 ) -> TableIterator<
     'static,
     (
-        name!(function, String),
-        name!(location, String),
-        name!(context, String),
+        name!(function, Text),
+        name!(location, Text),
+        name!(context, Text),
         name!(bytes_per_call, f64),
         name!(count_per_call, f64),
         name!(kept_bytes, i64),
         name!(kept_count, i64),
-        name!(stack, Vec<String>),
+        name!(stack, Vec<Text>),
     ),
 > {
-    let findings = check("rheap_check", statement, repeat, warmup);
+    let (findings, repeat) = check("rheap_check", Wanted { statement, repeat, warmup });
     TableIterator::new(findings.into_iter().map(move |f| {
         let per_call = |n: i64| n as f64 / repeat as f64;
         let (bytes, count) = (f.kept.bytes, f.kept.count);
-        (f.function, f.location, f.context, per_call(bytes), per_call(count), bytes, count, f.stack)
+        let stack = f.stack.into_iter().map(Text).collect();
+        let names = (f.function.into(), f.location.into(), f.context.into());
+        (names.0, names.1, names.2, per_call(bytes), per_call(count), bytes, count, stack)
     }))
 }
 
 /// Raises an ERROR that lists the call sites that [`rheap_check`] returns, if there are any.
 #[pg_extern(volatile, parallel_unsafe)]
-fn rheap_assert_no_leaks(statement: &str, repeat: default!(i32, 100), warmup: default!(i32, 10)) {
-    let findings = check("rheap_assert_no_leaks", statement, repeat, warmup);
+fn rheap_assert_no_leaks(
+    statement: Option<Text>,
+    repeat: default!(Option<i32>, 100),
+    warmup: default!(Option<i32>, 10),
+) {
+    let (findings, repeat) = check("rheap_assert_no_leaks", Wanted { statement, repeat, warmup });
     if findings.is_empty() {
         return;
     }
@@ -243,7 +266,7 @@ fn rheap_assert_no_leaks(statement: &str, repeat: default!(i32, 100), warmup: de
         },
         "rheap_assert_no_leaks",
     )
-    .set_detail(lines.join("\n"))
+    .set_detail(for_message(lines.join("\n")))
     .set_hint("SELECT * FROM rheap_check(...) with the same arguments shows the call stacks.")
     .report(pgrx::PgLogLevel::ERROR);
 }

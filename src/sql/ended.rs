@@ -2,10 +2,10 @@
 
 use pgrx::datum::TimestampWithTimeZone;
 use pgrx::prelude::*;
-use pgrx::{JsonB, PgSqlErrorCode};
 
 use super::gather::culprit;
-use crate::symbols::{Frame, Symbols};
+use super::text::{Document, Text};
+use crate::symbols::Symbols;
 
 /// What processes held when they ended, newest first: a row for each of the largest call sites.
 #[pg_extern(volatile, parallel_restricted)]
@@ -14,28 +14,22 @@ fn rheap_ended() -> TableIterator<
     'static,
     (
         name!(pid, i32),
-        name!(backend_type, String),
+        name!(backend_type, Text),
         name!(ended_at, Option<TimestampWithTimeZone>),
-        name!(how, String),
+        name!(how, Text),
         name!(context_bytes, i64),
-        name!(function, String),
-        name!(location, String),
-        name!(context, String),
+        name!(function, Text),
+        name!(location, Text),
+        name!(context, Text),
         name!(live_bytes, i64),
         name!(live_count, i64),
         name!(query_id, Option<i64>),
-        name!(stack, Vec<String>),
-        name!(contexts, JsonB),
+        name!(stack, Vec<Text>),
+        name!(contexts, Document),
     ),
 > {
     let share = super::share();
-    if !share.cluster {
-        super::refuse(
-            PgSqlErrorCode::ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE,
-            "rheap_ended needs the data of other processes, and rheap was loaded in this session only".into(),
-            "Set shared_preload_libraries = 'rheap' and restart the server.",
-        );
-    }
+    super::require_cluster(&share, "rheap_ended");
     crate::process::bury_dead();
     let all_stats = super::reads_all_stats();
     let mut symbols = Symbols::new(&share);
@@ -52,18 +46,18 @@ fn rheap_ended() -> TableIterator<
             let query_id = if held.query_id != 0 { held.query_id } else { ending.query_id };
             rows.push((
                 ending.pid,
-                super::backend_type_name(ending.backend_type),
+                Text(super::backend_type_name(ending.backend_type)),
                 super::timestamp(ending.ended_at),
-                ending.how.name().to_string(),
+                Text::from(ending.how.name()),
                 ending.context_bytes as i64,
-                frames.get(at).map_or("(unknown)", Frame::name).to_string(),
-                frames.get(at).map_or("(unknown)", |f| f.location.as_str()).to_string(),
-                share.path_name(held.path),
+                Text(super::leaks::name(&frames, at)),
+                Text(super::leaks::location(&frames, at)),
+                Text(share.path_name(held.path)),
                 held.live_bytes as i64,
                 held.live_count as i64,
                 Some(query_id).filter(|&id| id != 0 && all_stats),
-                frames.iter().map(Frame::describe).collect::<Vec<_>>(),
-                JsonB(serde_json::Value::Object(contexts.clone())),
+                frames.iter().map(|f| Text(f.describe())).collect::<Vec<_>>(),
+                Document(serde_json::Value::Object(contexts.clone())),
             ));
         }
     }

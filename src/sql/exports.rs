@@ -4,12 +4,14 @@ use pgrx::PgSqlErrorCode;
 use pgrx::prelude::*;
 
 use super::model::with_model;
+use super::text::{Document, Text};
 use crate::exports::metric::Metric;
 use crate::exports::{flame, heaptrack, html, json, pprof, report};
 
-/// The metric of this name, or the ERROR that lists those there are.
-fn metric(name: &str) -> Metric {
-    Metric::parse(name).unwrap_or_else(|| {
+/// The metric of this name, the first where none is named, or the ERROR that lists those there are.
+fn metric(name: Option<Text>) -> Metric {
+    let Some(Text(name)) = name else { return Metric::Live };
+    Metric::parse(&name).unwrap_or_else(|| {
         super::refuse(
             PgSqlErrorCode::ERRCODE_INVALID_PARAMETER_VALUE,
             format!("there is no metric \"{name}\""),
@@ -20,36 +22,36 @@ fn metric(name: &str) -> Metric {
 
 /// A report for a terminal: leaks, what holds most, most calls, most temporary allocations, totals, contexts.
 #[pg_extern(volatile, parallel_restricted)]
-pub fn rheap_report(pid: default!(Option<i32>, "NULL")) -> String {
-    with_model("rheap_report", pid, report::text)
+pub fn rheap_report(pid: default!(Option<i32>, "NULL")) -> Text {
+    with_model("rheap_report", pid, report::text).into()
 }
 
 /// The same facts for programs, as docs/report.schema.json describes them.
 #[pg_extern(volatile, parallel_restricted)]
-pub fn rheap_report_json(pid: default!(Option<i32>, "NULL")) -> pgrx::JsonB {
+pub fn rheap_report_json(pid: default!(Option<i32>, "NULL")) -> Document {
     with_model("rheap_report_json", pid, |model| {
-        pgrx::JsonB(serde_json::to_value(json::report(model)).expect("numbers and strings are JSON"))
+        Document(serde_json::to_value(json::report(model)).expect("numbers and strings are JSON"))
     })
 }
 
 /// Collapsed stacks, `frame;frame;frame value` in lines, root first.
 #[pg_extern(volatile, parallel_restricted)]
-pub fn rheap_folded(pid: default!(Option<i32>, "NULL"), metric: default!(&str, "'live'")) -> String {
+pub fn rheap_folded(pid: default!(Option<i32>, "NULL"), metric: default!(Option<Text>, "'live'")) -> Text {
     let metric = self::metric(metric);
-    with_model("rheap_folded", pid, |model| flame::folded(model, metric))
+    with_model("rheap_folded", pid, |model| flame::folded(model, metric)).into()
 }
 
 /// A flame graph as an SVG, which searches and zooms in a browser.
 #[pg_extern(volatile, parallel_restricted)]
-pub fn rheap_flamegraph(pid: default!(Option<i32>, "NULL"), metric: default!(&str, "'live'")) -> String {
+pub fn rheap_flamegraph(pid: default!(Option<i32>, "NULL"), metric: default!(Option<Text>, "'live'")) -> Text {
     let metric = self::metric(metric);
-    with_model("rheap_flamegraph", pid, |model| flame::svg(model, metric))
+    with_model("rheap_flamegraph", pid, |model| flame::svg(model, metric)).into()
 }
 
 /// One self-contained page: leaks with reasons, growth charts, flame graph, call sites, processes.
 #[pg_extern(volatile, parallel_restricted)]
-pub fn rheap_html(pid: default!(Option<i32>, "NULL")) -> String {
-    with_model("rheap_html", pid, html::page)
+pub fn rheap_html(pid: default!(Option<i32>, "NULL")) -> Text {
+    with_model("rheap_html", pid, html::page).into()
 }
 
 /// A gzipped profile.proto, as `go tool pprof` reads it.
@@ -60,8 +62,14 @@ pub fn rheap_pprof(pid: default!(Option<i32>, "NULL")) -> Vec<u8> {
 
 /// A data file of heaptrack, for heaptrack_print and heaptrack_gui.
 #[pg_extern(volatile, parallel_restricted)]
-pub fn rheap_heaptrack(pid: i32) -> String {
-    with_model("rheap_heaptrack", Some(pid), heaptrack::file).unwrap_or_else(|too_large| {
+pub fn rheap_heaptrack(pid: Option<i32>) -> Text {
+    let pid = super::given(
+        pid,
+        "rheap_heaptrack needs the pid of a process",
+        "SELECT pid, backend_type FROM rheap_processes lists them; rheap_pprof() is of all together.",
+    );
+    let file = with_model("rheap_heaptrack", Some(pid), heaptrack::file);
+    file.map(Text).unwrap_or_else(|too_large| {
         super::refuse(
             PgSqlErrorCode::ERRCODE_PROGRAM_LIMIT_EXCEEDED,
             format!(

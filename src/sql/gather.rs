@@ -2,28 +2,31 @@
 
 use std::collections::HashMap;
 use std::collections::hash_map::Entry;
-use std::sync::atomic::Ordering::*;
+use std::rc::Rc;
 
+use super::look::{Held, Look};
 use crate::ledger::account::SiteCopy;
 use crate::share::Share;
+use crate::share::row::Seen;
 use crate::symbols::helpers::is_helper;
 use crate::symbols::{Frame, Symbols};
-use crate::verdict::{Judgement, Verdict, judge_contexts};
+use crate::verdict::{Judgement, Verdict, caches, judge_account};
 
 /// One row of `rheap_leaks` and `rheap_call_sites`, before names.
 pub struct Gathered {
     pub judgement: Judgement,
     pub copy: SiteCopy,
-    pub backend_type: String,
-    pub path: String,
+    pub backend_type: Rc<str>,
     pub processes: i32,
     pub pid: i32,
     /// More than one where rows were folded.
     pub stacks: Vec<u32>,
+    /// Live bytes, or the blocks of contexts that multiply: what `rheap.min_leak_bytes` is about.
+    pub size: u64,
+    /// Allocations alive in the process that has most of them, or contexts that multiply.
+    objects: u64,
     /// Live bytes of the process that holds most.
     most: u64,
-    /// What `rheap.min_leak_bytes` is compared with: live bytes, or the blocks of the contexts that multiply.
-    pub size: u64,
 }
 
 impl Gathered {
@@ -37,34 +40,62 @@ impl Gathered {
     }
 
     fn rank(&self) -> (Verdict, f64) {
-        (self.judgement.verdict, self.judgement.confidence * self.copy.live_bytes as f64)
+        (self.judgement.verdict, self.judgement.confidence * self.size as f64)
     }
 
     /// Takes in what another site of the same leak holds in the same processes.
     pub fn absorb(&mut self, other: Gathered) {
         let processes = self.processes.max(other.processes);
-        self.stacks.extend(other.stacks);
-        self.size += other.size;
-        self.merge(other.judgement, other.copy, other.pid);
+        self.stacks.extend(&other.stacks);
+        self.merge(other);
         self.processes = processes;
     }
 
-    fn merge(&mut self, judgement: Judgement, copy: SiteCopy, pid: i32) {
-        let growth = self.judgement.growth_bytes_per_s + judgement.growth_bytes_per_s;
-        let generations = self.judgement.generations.max(judgement.generations);
-        let of_transaction = self.judgement.of_transaction && judgement.of_transaction;
+    /// The row of what is one row of one process.
+    pub fn of(held: &Held, group: Group) -> Self {
+        let Group { copy, contexts, context_bytes, stacks, .. } = group;
+        Gathered {
+            judgement: judge_account(&held.progress, &copy, contexts, context_bytes),
+            backend_type: held.backend_type.clone(),
+            processes: (copy.live_count > 0) as i32,
+            pid: held.pid,
+            stacks,
+            size: copy.live_bytes.max(context_bytes),
+            objects: if contexts == 0 { copy.live_count } else { contexts as u64 },
+            most: copy.live_bytes,
+            copy,
+        }
+    }
+
+    /// Why all of it may be kept without a leak, as the names on its stack tell.
+    pub fn reason_to_grow(&self, frames: &[Frame]) -> Option<String> {
+        if self.judgement.of_transaction
+            && let Some(what) = caches::until_transaction_ends(frames)
+        {
+            return Some(format!("kept until the transaction ends: {what}"));
+        }
+        caches::known(frames, self.objects, self.judgement.generations).map(str::to_string)
+    }
+
+    fn merge(&mut self, other: Gathered) {
+        let (ours, theirs) = (&mut self.judgement, other.judgement);
+        let growth = ours.growth_bytes_per_s + theirs.growth_bytes_per_s;
+        let generations = ours.generations.max(theirs.generations);
+        let of_transaction = ours.of_transaction && theirs.of_transaction;
         // The strongest evidence of any one process decides.
-        if (judgement.verdict, judgement.confidence) > (self.judgement.verdict, self.judgement.confidence) {
-            self.judgement = judgement;
+        if (theirs.verdict, theirs.confidence) > (ours.verdict, ours.confidence) {
+            *ours = theirs;
         }
-        self.judgement.growth_bytes_per_s = growth;
-        self.judgement.generations = generations;
-        self.judgement.of_transaction = of_transaction;
-        if copy.live_bytes > self.most {
-            (self.most, self.pid) = (copy.live_bytes, pid);
+        ours.growth_bytes_per_s = growth;
+        ours.generations = generations;
+        ours.of_transaction = of_transaction;
+        if other.copy.live_bytes > self.most {
+            (self.most, self.pid) = (other.copy.live_bytes, other.pid);
         }
-        self.processes += (copy.live_count > 0) as i32;
-        let all = &mut self.copy;
+        self.processes += other.processes;
+        self.size += other.size;
+        self.objects = self.objects.max(other.objects);
+        let (all, copy) = (&mut self.copy, other.copy);
         all.alloc_count += copy.alloc_count;
         all.alloc_bytes += copy.alloc_bytes;
         all.live_count += copy.live_count;
@@ -78,17 +109,19 @@ impl Gathered {
 }
 
 /// What of one process is one row: a call site, or all that the contexts of a kind that multiplies hold.
-struct Group {
-    copy: SiteCopy,
-    contexts: u32,
+pub struct Group {
+    pub copy: SiteCopy,
+    pub contexts: u32,
     /// Of their blocks.
-    context_bytes: u64,
-    stacks: Vec<u32>,
+    pub context_bytes: u64,
+    pub stacks: Vec<u32>,
+    /// The paths that its sites allocate in.
+    pub paths: Vec<u32>,
 }
 
 impl From<SiteCopy> for Group {
     fn from(copy: SiteCopy) -> Self {
-        Group { stacks: vec![copy.stack], contexts: 0, context_bytes: 0, copy }
+        Group { stacks: vec![copy.stack], paths: vec![copy.path], contexts: 0, context_bytes: 0, copy }
     }
 }
 
@@ -109,26 +142,23 @@ const UNROLLED: u64 = 16;
 /// Sums up the sites that allocate in contexts that multiply, under the outermost path that does. A site belongs to
 /// them if it has chunks in a good part of them (a loop that was unrolled makes several sites of one): what leaks within
 /// a few of many contexts is a leak of its own.
-fn multiplied(share: &Share, slot: u32, sites: Vec<SiteCopy>) -> Vec<Group> {
-    let many: HashMap<u32, (u32, u64)> = (share.rows.owned(slot))
-        .flat_map(|chunk| share.rows.rows_of(chunk).filter_map(|(_, row)| row.copy()))
-        .filter(|row| row.seen.contexts >= MANY)
-        .map(|row| (row.path, (row.seen.contexts, row.seen.total_bytes)))
-        .collect();
+pub fn multiplied(share: &Share, held: &Held) -> Vec<Group> {
+    let many: HashMap<u32, &Seen> =
+        held.rows.iter().filter(|row| row.seen.contexts >= MANY).map(|row| (row.path, &row.seen)).collect();
     let mut groups: Vec<Group> = Vec::new();
     let mut of_path: HashMap<u32, usize> = HashMap::new();
-    for copy in sites {
+    for copy in held.sites.iter().cloned() {
         let mut outermost = None;
         let mut path = copy.path;
         while path != 0 {
-            if let Some(&(contexts, bytes)) = many.get(&path)
-                && copy.live_count * UNROLLED >= contexts as u64
+            if let Some(&seen) = many.get(&path)
+                && copy.live_count * UNROLLED >= seen.contexts as u64
             {
-                outermost = Some((path, contexts, bytes));
+                outermost = Some((path, seen));
             }
             path = share.parent(path);
         }
-        let Some((path, contexts, context_bytes)) = outermost else {
+        let Some((path, seen)) = outermost else {
             groups.push(copy.into());
             continue;
         };
@@ -136,8 +166,14 @@ fn multiplied(share: &Share, slot: u32, sites: Vec<SiteCopy>) -> Vec<Group> {
             Some(&known) => groups[known].join(copy),
             None => {
                 of_path.insert(path, groups.len());
-                let stacks = vec![copy.stack];
-                groups.push(Group { stacks, contexts, context_bytes, copy: SiteCopy { path, ..copy } });
+                let (stacks, paths) = (vec![copy.stack], vec![path, copy.path]);
+                groups.push(Group {
+                    stacks,
+                    paths,
+                    contexts: seen.contexts,
+                    context_bytes: seen.total_bytes,
+                    copy: SiteCopy { path, ..copy },
+                });
             }
         }
     }
@@ -149,6 +185,7 @@ impl Group {
     fn join(&mut self, other: SiteCopy) {
         let generations = |copy: &SiteCopy| copy.ages.iter().map(|age| age.generations).sum::<u32>();
         self.stacks.push(other.stack);
+        self.paths.push(other.path);
         let all = &mut self.copy;
         let sum = SiteCopy {
             path: all.path,
@@ -166,46 +203,22 @@ impl Group {
 }
 
 /// Worst first.
-pub fn gather(function: &str, pid: Option<i32>, fold: Fold, wanted: impl Fn(Verdict) -> bool) -> Vec<Gathered> {
-    let (share, slots) = super::slots(function, pid);
-    let mut folded: HashMap<(String, u32, u32), Gathered> = HashMap::new();
-    for (index, slot) in slots {
-        if slot.reset_pending() {
-            continue;
-        }
-        let (pid, backend_type) = (slot.pid.load(Acquire), super::backend_type(slot));
-        let sites: Vec<SiteCopy> = (share.sites.owned(index))
-            .flat_map(|chunk| share.sites.rows_of(chunk).filter_map(|(_, site)| site.copy()))
-            .collect();
+pub fn gather(look: &Look, fold: Fold, wanted: impl Fn(&Gathered) -> bool) -> Vec<Gathered> {
+    let mut folded: HashMap<(Rc<str>, u32, u32), Gathered> = HashMap::new();
+    for held in &look.processes {
         let groups = match fold {
-            Fold::Nothing => sites.into_iter().map(Group::from).collect(),
-            Fold::Contexts => multiplied(&share, index, sites),
+            Fold::Nothing => held.sites.iter().cloned().map(Group::from).collect(),
+            Fold::Contexts => multiplied(&look.share, held),
         };
-        for Group { copy, contexts, context_bytes, stacks } in groups {
-            let judgement = judge_contexts(slot, &copy, contexts, context_bytes);
-            let key = (backend_type.clone(), copy.path, if contexts == 0 { copy.stack } else { 0 });
-            match folded.entry(key) {
-                Entry::Occupied(mut known) => {
-                    known.get_mut().size += copy.live_bytes.max(context_bytes);
-                    known.get_mut().merge(judgement, copy, pid);
-                }
-                Entry::Vacant(free) => {
-                    free.insert(Gathered {
-                        judgement,
-                        backend_type: backend_type.clone(),
-                        path: share.path_name(copy.path),
-                        processes: (copy.live_count > 0) as i32,
-                        pid,
-                        stacks,
-                        most: copy.live_bytes,
-                        size: copy.live_bytes.max(context_bytes),
-                        copy,
-                    });
-                }
+        for group in groups {
+            let stack = if group.contexts == 0 { group.copy.stack } else { 0 };
+            match folded.entry((held.backend_type.clone(), group.copy.path, stack)) {
+                Entry::Occupied(mut known) => known.get_mut().merge(Gathered::of(held, group)),
+                Entry::Vacant(free) => drop(free.insert(Gathered::of(held, group))),
             }
         }
     }
-    let mut rows: Vec<Gathered> = folded.into_values().filter(|g| wanted(g.judgement.verdict)).collect();
+    let mut rows: Vec<Gathered> = folded.into_values().filter(wanted).collect();
     rows.sort_by(Gathered::cmp);
     rows
 }

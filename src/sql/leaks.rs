@@ -2,13 +2,19 @@
 
 use std::collections::HashMap;
 use std::collections::hash_map::Entry;
+use std::rc::Rc;
 
 use pgrx::datum::TimestampWithTimeZone;
 use pgrx::prelude::*;
 
 use super::gather::{Fold, Gathered, gather};
+use super::look::Look;
+use super::text::Text;
+use crate::settings;
+use crate::share::Share;
 use crate::symbols::{Frame, Symbols};
-use crate::verdict::Verdict;
+use crate::verdict::suppression::Suppression;
+use crate::verdict::{Judgement, Verdict};
 
 /// One row per leak, worst first.
 #[pg_extern(volatile, parallel_restricted)]
@@ -18,44 +24,46 @@ fn rheap_leaks(
 ) -> TableIterator<
     'static,
     (
-        name!(verdict, String),
+        name!(verdict, Text),
         name!(confidence, f64),
-        name!(function, String),
-        name!(location, String),
-        name!(context, String),
+        name!(function, Text),
+        name!(location, Text),
+        name!(context, Text),
         name!(live_bytes, i64),
         name!(live_count, i64),
         name!(growth_bytes_per_s, f64),
         name!(generations, i32),
-        name!(backend_type, String),
+        name!(backend_type, Text),
         name!(processes, i32),
         name!(pid, i32),
         name!(query_id, Option<i64>),
         name!(first_seen, Option<TimestampWithTimeZone>),
         name!(last_seen, Option<TimestampWithTimeZone>),
-        name!(reason, String),
-        name!(stack, Vec<String>),
+        name!(reason, Text),
+        name!(stack, Vec<Text>),
     ),
 > {
-    TableIterator::new(leaks("rheap_leaks", pid).into_iter().map(|(g, frames, at, query_id)| {
+    let look = Look::take("rheap_leaks", pid);
+    let rows = leaks(&look, &mut Namer::new(&look.share));
+    TableIterator::new(rows.into_iter().map(|Named { gathered: g, path, frames, at, query_id }| {
         (
             g.judgement.verdict.name().into(),
             g.judgement.confidence,
-            name(&frames, at),
-            location(&frames, at),
-            g.path,
+            name(&frames, at).into(),
+            location(&frames, at).into(),
+            path.into(),
             g.copy.live_bytes as i64,
             g.copy.live_count as i64,
             g.judgement.growth_bytes_per_s,
             g.judgement.generations as i32,
-            g.backend_type,
+            g.backend_type.as_ref().into(),
             g.processes,
             g.pid,
             query_id,
             super::timestamp(g.copy.first_seen),
             super::timestamp(g.copy.last_seen),
-            g.judgement.reason,
-            frames.iter().map(Frame::describe).collect(),
+            g.judgement.reason.into(),
+            frames.iter().map(|f| f.describe().into()).collect(),
         )
     }))
 }
@@ -68,23 +76,23 @@ fn rheap_call_sites(
 ) -> TableIterator<
     'static,
     (
-        name!(verdict, String),
+        name!(verdict, Text),
         name!(confidence, f64),
-        name!(function, String),
-        name!(location, String),
-        name!(context, String),
+        name!(function, Text),
+        name!(location, Text),
+        name!(context, Text),
         name!(live_bytes, i64),
         name!(live_count, i64),
         name!(growth_bytes_per_s, f64),
         name!(generations, i32),
-        name!(backend_type, String),
+        name!(backend_type, Text),
         name!(processes, i32),
         name!(pid, i32),
         name!(query_id, Option<i64>),
         name!(first_seen, Option<TimestampWithTimeZone>),
         name!(last_seen, Option<TimestampWithTimeZone>),
-        name!(reason, String),
-        name!(stack, Vec<String>),
+        name!(reason, Text),
+        name!(stack, Vec<Text>),
         name!(alloc_count, i64),
         name!(alloc_bytes, i64),
         name!(free_count, i64),
@@ -92,26 +100,31 @@ fn rheap_call_sites(
         name!(exact, bool),
     ),
 > {
-    let rows = gather("rheap_call_sites", pid, Fold::Nothing, |_| true);
-    TableIterator::new(named(rows).into_iter().map(|(g, frames, at, query_id)| {
+    let look = Look::take("rheap_call_sites", pid);
+    let mut namer = Namer::new(&look.share);
+    // Each is named when it is asked for: of ten thousand, names and stacks are most of the memory.
+    let rows = gather(&look, Fold::Nothing, |_| true);
+    namer.weigh(&rows);
+    TableIterator::new(rows.into_iter().map(move |row| {
+        let Named { gathered: g, path, frames, at, query_id } = namer.name(row);
         (
             g.judgement.verdict.name().into(),
             g.judgement.confidence,
-            name(&frames, at),
-            location(&frames, at),
-            g.path,
+            name(&frames, at).into(),
+            location(&frames, at).into(),
+            path.into(),
             g.copy.live_bytes as i64,
             g.copy.live_count as i64,
             g.judgement.growth_bytes_per_s,
             g.judgement.generations as i32,
-            g.backend_type,
+            g.backend_type.as_ref().into(),
             g.processes,
             g.pid,
             query_id,
             super::timestamp(g.copy.first_seen),
             super::timestamp(g.copy.last_seen),
-            g.judgement.reason,
-            frames.iter().map(Frame::describe).collect(),
+            g.judgement.reason.into(),
+            frames.iter().map(|f| f.describe().into()).collect(),
             g.copy.alloc_count as i64,
             g.copy.alloc_bytes as i64,
             (g.copy.alloc_count - g.copy.live_count) as i64,
@@ -121,71 +134,140 @@ fn rheap_call_sites(
     }))
 }
 
-/// A row with its frames, the culprit's index among them, and the query id where the caller may see it.
-pub type Named = (Gathered, Vec<Frame>, usize, Option<i64>);
+/// A row with its names.
+pub struct Named {
+    pub gathered: Gathered,
+    pub path: String,
+    pub frames: Vec<Frame>,
+    /// The culprit's index among the frames.
+    pub at: usize,
+    /// Where the caller may see it.
+    pub query_id: Option<i64>,
+}
 
 /// Leaks and suspects that nobody has suppressed, worst first. Sites of one leak that differ in the depth of a recursion
 /// or in their place in a loop that was unrolled are one row: their functions are the same, and the culprit's line.
-pub fn leaks(function: &str, pid: Option<i32>) -> Vec<Named> {
-    let rows = gather(function, pid, Fold::Contexts, |verdict| verdict >= Verdict::Suspect);
+pub fn leaks(look: &Look, namer: &mut Namer) -> Vec<Named> {
+    let rows = gather(look, Fold::Contexts, is_candidate);
+    namer.weigh(&rows);
     let mut folded: Vec<Named> = Vec::new();
-    let mut known: HashMap<(String, u32, String, Vec<String>), usize> = HashMap::new();
-    for row in named(rows) {
-        let (gathered, frames, at, _) = &row;
+    let mut known: HashMap<(Rc<str>, u32, String, Vec<String>), usize> = HashMap::new();
+    for row in rows.into_iter().map(|row| namer.name(row)) {
+        let gathered = &row.gathered;
         if gathered.judgement.verdict < Verdict::Suspect {
             continue;
         }
-        let mut functions: Vec<String> = frames.iter().map(|f| f.name().to_string()).collect();
+        let mut functions: Vec<String> = row.frames.iter().map(|f| f.name().to_string()).collect();
         functions.dedup();
-        let key = (gathered.backend_type.clone(), gathered.copy.path, location(frames, *at), functions);
+        let key = (gathered.backend_type.clone(), gathered.copy.path, location(&row.frames, row.at), functions);
         match known.entry(key) {
             Entry::Vacant(free) => {
                 free.insert(folded.len());
                 folded.push(row);
             }
-            Entry::Occupied(first) => folded[*first.get()].0.absorb(row.0),
+            Entry::Occupied(first) => folded[*first.get()].gathered.absorb(row.gathered),
         }
     }
-    folded.sort_by(|a, b| a.0.cmp(&b.0));
+    folded.sort_by(|a, b| a.gathered.cmp(&b.gathered));
     folded
 }
 
-fn named(rows: Vec<Gathered>) -> Vec<Named> {
-    let share = super::share();
-    let mut symbols = Symbols::new(&share);
-    let all_stats = super::reads_all_stats();
-    let suppressions = super::suppress::all();
-    let mut rows: Vec<Named> = rows
-        .into_iter()
-        .map(|mut g| {
-            let (frames, at) = g.frames(&mut symbols);
-            let query_id = Some(g.copy.query_id).filter(|&id| id != 0 && all_stats);
-            if g.judgement.verdict >= Verdict::Suspect {
-                if let Some(found) = suppressions.iter().find(|s| s.covers(&g.path, &frames)) {
-                    g.judgement = found.judgement(g.judgement);
-                } else if let Some(why) = g.reason_to_grow(&frames) {
-                    g.judgement = g.judgement.cache(&why);
-                }
-            }
-            (g, frames, at, query_id)
-        })
-        .collect();
-    leave_out_small(&mut rows);
-    rows
+/// What is smaller than this part of `rheap.min_leak_bytes` does not make up for what others of its culprit lack.
+const SMALLEST_PART: u64 = 16;
+
+/// Whether a row may be a leak once it has names.
+fn is_candidate(row: &Gathered) -> bool {
+    row.judgement.verdict >= Verdict::Suspect && row.size * SMALLEST_PART >= settings::min_leak_bytes()
 }
 
-/// What is too small is no leak: a call site, unless others of the same culprit make up for it.
-fn leave_out_small(rows: &mut [Named]) {
-    let key = |(g, frames, at, _): &Named| (g.backend_type.clone(), g.copy.path, location(frames, *at));
-    let mut sizes: HashMap<(String, u32, String), u64> = HashMap::new();
-    for row in rows.iter().filter(|row| row.0.judgement.verdict >= Verdict::Suspect) {
-        *sizes.entry(key(row)).or_default() += row.0.size;
-    }
-    for row in rows.iter_mut().filter(|row| row.0.judgement.verdict >= Verdict::Suspect) {
-        if sizes[&key(row)] < settings::min_leak_bytes() {
-            row.0.judgement = row.0.judgement.clone().small(row.0.size);
+/// Backend type, context path, and where the culprit is.
+type Culprit = (Rc<str>, u32, String);
+
+/// Names the rows of one call, and judges what takes names: what the user has suppressed, what is a cache of the server's,
+/// and what is small.
+pub struct Namer {
+    pub share: Share,
+    pub symbols: Symbols,
+    suppressions: Vec<Suppression>,
+    all_stats: bool,
+    /// What the candidates of one culprit hold, all in all.
+    sizes: HashMap<Culprit, u64>,
+}
+
+impl Namer {
+    pub fn new(share: &Share) -> Self {
+        Namer {
+            share: *share,
+            symbols: Symbols::new(share),
+            suppressions: super::suppress::all(),
+            all_stats: super::reads_all_stats(),
+            sizes: HashMap::new(),
         }
     }
+
+    /// Sums up what rows of one culprit hold, which `named` compares with `rheap.min_leak_bytes`: a leak that many ways
+    /// lead to is one leak.
+    pub fn weigh(&mut self, rows: &[Gathered]) {
+        self.sizes.clear();
+        for row in rows.iter().filter(|row| is_candidate(row)) {
+            let (frames, at) = row.frames(&mut self.symbols);
+            if row.reason_to_grow(&frames).is_none() {
+                *self.sizes.entry(culprit(row, &frames, at)).or_default() += row.size;
+            }
+        }
+    }
+
+    fn name(&mut self, gathered: Gathered) -> Named {
+        let (frames, at) = gathered.frames(&mut self.symbols);
+        self.named(gathered, frames, at)
+    }
+
+    /// With frames that are known already.
+    pub fn named(&self, mut gathered: Gathered, frames: Vec<Frame>, at: usize) -> Named {
+        let path = self.share.path_name(gathered.copy.path);
+        let query_id = Some(gathered.copy.query_id).filter(|&id| id != 0 && self.all_stats);
+        gathered.judgement = self.judgement(&gathered, &path, &frames, at);
+        Named { gathered, path, frames, at, query_id }
+    }
+
+    fn judgement(&self, row: &Gathered, path: &str, frames: &[Frame], at: usize) -> Judgement {
+        let judgement = row.judgement.clone();
+        if let Some(found) = self.suppression(row.copy.path, path, frames) {
+            return found.judgement(judgement);
+        }
+        if judgement.verdict < Verdict::Suspect {
+            return judgement;
+        }
+        if let Some(why) = row.reason_to_grow(frames) {
+            return judgement.cache(&why);
+        }
+        let size = self.sizes.get(&culprit(row, frames, at)).copied().unwrap_or(0);
+        if size.max(row.size) < settings::min_leak_bytes() { judgement.small(row.size) } else { judgement }
+    }
+
+    /// The verdict on what of one process is one row.
+    pub fn verdict(&mut self, row: Gathered) -> Verdict {
+        if !is_candidate(&row) && row.judgement.verdict >= Verdict::Suspect {
+            return Verdict::Steady;
+        }
+        if row.judgement.verdict == Verdict::Steady {
+            Verdict::Steady
+        } else {
+            self.name(row).gathered.judgement.verdict
+        }
+    }
+
+    fn suppression(&self, id: u32, path: &str, frames: &[Frame]) -> Option<&Suppression> {
+        if self.suppressions.is_empty() {
+            return None;
+        }
+        let name = self.share.last_name(id);
+        self.suppressions.iter().find(|s| s.covers(path, &name, frames))
+    }
+}
+
+fn culprit(row: &Gathered, frames: &[Frame], at: usize) -> Culprit {
+    (row.backend_type.clone(), row.copy.path, location(frames, at))
 }
 
 pub fn name(frames: &[Frame], at: usize) -> String {

@@ -8,11 +8,13 @@ mod gather;
 mod install;
 mod install_reports;
 mod leaks;
+mod look;
 mod model;
 mod processes;
 mod reset;
 mod snapshots;
 mod suppress;
+mod text;
 mod track;
 
 use core::ffi::CStr;
@@ -28,8 +30,13 @@ use crate::{hook, load, process};
 
 /// Raises an ERROR.
 fn refuse(code: PgSqlErrorCode, message: String, hint: &str) -> ! {
-    ErrorReport::new(code, message, "rheap").set_hint(hint).report(PgLogLevel::ERROR);
+    ErrorReport::new(code, text::for_message(message), "rheap").set_hint(hint).report(PgLogLevel::ERROR);
     unreachable!("an ERROR does not return")
+}
+
+/// The argument, or the ERROR that says that NULL is none.
+fn given<T>(argument: Option<T>, message: &str, hint: &str) -> T {
+    argument.unwrap_or_else(|| refuse(PgSqlErrorCode::ERRCODE_NULL_VALUE_NOT_ALLOWED, message.into(), hint))
 }
 
 /// The slots of one process or of all, or the ERROR that says what to do instead.
@@ -39,13 +46,7 @@ fn slots(function: &str, pid: Option<i32>) -> (Share, Vec<(u32, &'static Slot)>)
     // SAFETY: a plain system call.
     let own = unsafe { libc::getpid() };
     if !share.cluster && pid != Some(own) {
-        refuse(
-            PgSqlErrorCode::ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE,
-            format!("{function} needs the data of other processes, and rheap was loaded in this session only"),
-            &format!(
-                "Set shared_preload_libraries = 'rheap' and restart the server. For this session alone, write {function}(pg_backend_pid())."
-            ),
-        );
+        refuse_session(function, &format!("{ASK_PRELOAD} For this session alone, write {function}(pg_backend_pid())."));
     }
     let mut live: Vec<_> = share.live_slots().collect();
     if let Some(pid) = pid {
@@ -59,6 +60,23 @@ fn slots(function: &str, pid: Option<i32>) -> (Share, Vec<(u32, &'static Slot)>)
         }
     }
     (share, live)
+}
+
+/// What to do where rheap was loaded in one session only.
+const ASK_PRELOAD: &str = "Set shared_preload_libraries = 'rheap' and restart the server.";
+
+fn refuse_session(function: &str, hint: &str) -> ! {
+    refuse(
+        PgSqlErrorCode::ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE,
+        format!("{function} needs the data of other processes, and rheap was loaded in this session only"),
+        hint,
+    )
+}
+
+fn require_cluster(share: &Share, function: &str) {
+    if !share.cluster {
+        refuse_session(function, ASK_PRELOAD);
+    }
 }
 
 fn share() -> Share {

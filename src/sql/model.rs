@@ -4,10 +4,12 @@ use std::collections::HashMap;
 
 use pgrx::pg_sys;
 
-use super::gather::{Fold, Gathered, gather, innermost};
+use super::gather::{Fold, gather, innermost};
+use super::leaks::{Named, Namer, leaks};
+use super::look::Look;
 use super::{contexts::contexts, processes::processes};
 use crate::exports::{Call, Leak, Model, Site};
-use crate::symbols::{Frame, Symbols, place};
+use crate::symbols::{Frame, place};
 
 /// Writes something from what is known of one process or of all now.
 pub fn with_model<T>(function: &str, pid: Option<i32>, write: impl FnOnce(&Model) -> T) -> T {
@@ -15,20 +17,27 @@ pub fn with_model<T>(function: &str, pid: Option<i32>, write: impl FnOnce(&Model
 }
 
 fn model(function: &str, pid: Option<i32>) -> Model {
+    let look = Look::take(function, pid);
     let taken_at = crate::process::now();
-    let rows = gather(function, pid, Fold::Nothing, |_| true);
-    let (contexts, processes) = (contexts(function, pid), processes(function, pid));
-    let share = super::share();
-    let mut symbols = Symbols::new(&share);
-    let all_stats = super::reads_all_stats();
-    let suppressions = super::suppress::all();
+    let share = look.share;
+    let processes = processes(look.processes.iter().map(|held| held.slot));
+    let mut namer = Namer::new(&share);
+    let contexts = contexts(&look, &mut namer);
+    let leaks = leaks(&look, &mut namer).into_iter().map(|named| {
+        let (facts, frames) = site(named, Vec::new());
+        Leak { facts, frames }
+    });
+    let leaks = leaks.collect();
+    let rows = gather(&look, Fold::Nothing, |_| true);
+    namer.weigh(&rows);
+    drop(look);
     let (mut calls, mut modules) = (Vec::new(), Vec::new());
     let mut known_calls: HashMap<u64, u32> = HashMap::new();
     let mut known_modules: HashMap<String, u32> = HashMap::new();
     let mut sites = Vec::with_capacity(rows.len());
-    for mut g in rows {
+    for row in rows {
         let mut stack = Vec::new();
-        for word in share.stacks.get(g.copy.stack) {
+        for word in share.stacks.get(row.copy.stack) {
             let index = *known_calls.entry(word).or_insert_with(|| {
                 let place = place(&share, word);
                 let module = place.as_ref().map(|(path, _)| {
@@ -37,7 +46,7 @@ fn model(function: &str, pid: Option<i32>) -> Model {
                         modules.len() as u32 - 1
                     })
                 });
-                calls.push(Call { module, offset: place.map_or(0, |p| p.1), frames: symbols.frames(word) });
+                calls.push(Call { module, offset: place.map_or(0, |p| p.1), frames: namer.symbols.frames(word) });
                 calls.len() as u32 - 1
             });
             stack.push(index);
@@ -46,15 +55,9 @@ fn model(function: &str, pid: Option<i32>) -> Model {
             }
         }
         let frames: Vec<Frame> = stack.iter().flat_map(|&call| calls[call as usize].frames.clone()).collect();
-        if let Some(found) = suppressions.iter().find(|s| s.covers(&g.path, &frames)) {
-            g.judgement = found.judgement(g.judgement);
-        }
-        let query_id = Some(g.copy.query_id).filter(|&id| id != 0 && all_stats);
-        sites.push(site(g, stack, innermost(&frames), query_id));
+        let culprit = innermost(&frames);
+        sites.push(site(namer.named(row, frames, culprit), stack).0);
     }
-    let leaks = super::leaks::leaks(function, pid)
-        .into_iter()
-        .map(|(g, frames, culprit, query_id)| Leak { facts: site(g, Vec::new(), culprit, query_id), frames });
     Model {
         taken_at,
         pid,
@@ -62,22 +65,24 @@ fn model(function: &str, pid: Option<i32>) -> Model {
         sample_bytes: crate::settings::sample_bytes(),
         calls,
         modules,
-        leaks: leaks.collect(),
+        leaks,
         sites,
         contexts,
         processes,
     }
 }
 
-fn site(g: Gathered, stack: Vec<u32>, culprit: usize, query_id: Option<i64>) -> Site {
-    Site {
+/// The facts of a row, and its frames.
+fn site(named: Named, stack: Vec<u32>) -> (Site, Vec<Frame>) {
+    let Named { gathered: g, path, frames, at, query_id } = named;
+    let facts = Site {
         verdict: g.judgement.verdict,
         confidence: g.judgement.confidence,
         reason: g.judgement.reason,
         generations: g.judgement.generations,
         growth_bytes_per_s: g.judgement.growth_bytes_per_s,
-        backend_type: g.backend_type,
-        context: g.path,
+        backend_type: g.backend_type.to_string(),
+        context: path,
         processes: g.processes,
         pid: g.pid,
         query_id,
@@ -89,8 +94,9 @@ fn site(g: Gathered, stack: Vec<u32>, culprit: usize, query_id: Option<i64>) -> 
         first_seen: g.copy.first_seen,
         last_seen: g.copy.last_seen,
         stack,
-        culprit,
-    }
+        culprit: at,
+    };
+    (facts, frames)
 }
 
 fn server() -> String {

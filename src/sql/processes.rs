@@ -5,6 +5,7 @@ use std::sync::atomic::Ordering::*;
 use pgrx::datum::TimestampWithTimeZone;
 use pgrx::prelude::*;
 
+use super::text::Text;
 use crate::exports::Process;
 use crate::ledger::account::HISTORY;
 use crate::settings::Mode;
@@ -19,8 +20,8 @@ fn rheap_processes(
     'static,
     (
         name!(pid, i32),
-        name!(backend_type, String),
-        name!(mode, String),
+        name!(backend_type, Text),
+        name!(mode, Text),
         name!(watched_contexts, i32),
         name!(allocations, i64),
         name!(frees, i64),
@@ -34,12 +35,13 @@ fn rheap_processes(
         name!(last_walk, Option<TimestampWithTimeZone>),
     ),
 > {
-    let rows = processes("rheap_processes", pid);
+    let (_, slots) = super::slots("rheap_processes", pid);
+    let rows = processes(slots.into_iter().map(|(_, slot)| slot));
     TableIterator::new(rows.into_iter().map(|p| {
         (
             p.pid,
-            p.backend_type,
-            p.mode.to_string(),
+            p.backend_type.into(),
+            p.mode.into(),
             p.watched_contexts as i32,
             p.allocations as i64,
             p.frees as i64,
@@ -56,9 +58,8 @@ fn rheap_processes(
 }
 
 /// The rows of the view.
-pub fn processes(function: &str, pid: Option<i32>) -> Vec<Process> {
-    let (_, slots) = super::slots(function, pid);
-    let process = |(_, slot): (u32, &Slot)| {
+pub fn processes(slots: impl Iterator<Item = &'static Slot>) -> Vec<Process> {
+    let process = |slot: &Slot| {
         let pid = slot.pid.load(Acquire);
         let (own_bytes, context_bytes) = (slot.own_bytes.load(Relaxed), slot.context_bytes.load(Relaxed));
         let resident = Resident::of(pid);
@@ -82,7 +83,7 @@ pub fn processes(function: &str, pid: Option<i32>) -> Vec<Process> {
             last_walk: slot.walk_times[walks as usize % HISTORY].load(Relaxed),
         }
     };
-    slots.into_iter().map(process).collect()
+    slots.map(process).collect()
 }
 
 /// Resident memory of a process in bytes, from the kernel.

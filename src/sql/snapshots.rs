@@ -9,14 +9,21 @@
 use pgrx::prelude::*;
 use pgrx::{PgSqlErrorCode, extension_sql};
 
+use super::text::Text;
+
 /// Raises the error that says which snapshots there are. Called by `rheap_diff`.
 #[pg_extern(volatile, parallel_unsafe)]
-pub fn rheap_no_snapshot(id: i64) -> bool {
-    super::refuse(
-        PgSqlErrorCode::ERRCODE_INVALID_PARAMETER_VALUE,
-        format!("there is no snapshot {id}"),
-        "SELECT * FROM rheap_snapshots lists them; SELECT rheap_snapshot() takes one.",
-    )
+pub fn rheap_no_snapshot(id: Option<i64>) -> bool {
+    const HINT: &str = "SELECT * FROM rheap_snapshots lists them; SELECT rheap_snapshot() takes one.";
+    let id = super::given(id, "rheap_diff needs the id of a snapshot", HINT);
+    super::refuse(PgSqlErrorCode::ERRCODE_INVALID_PARAMETER_VALUE, format!("there is no snapshot {id}"), HINT)
+}
+
+/// Raises the error that names the function, unless other processes can be looked at. Called by those that are written
+/// in SQL, since what they call would name itself.
+#[pg_extern(volatile, parallel_unsafe)]
+pub fn rheap_require_cluster(function: Text) {
+    super::require_cluster(&super::share(), &function.0);
 }
 
 extension_sql!(
@@ -48,6 +55,8 @@ CREATE INDEX ON rheap_snapshot_contexts (snapshot);
 
 CREATE FUNCTION rheap_snapshot(label text DEFAULT NULL) RETURNS bigint
 LANGUAGE sql VOLATILE SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
+    SELECT @extschema@.rheap_require_cluster('rheap_snapshot');
+
     WITH snapshot AS (
         INSERT INTO @extschema@.rheap_snapshots (label) VALUES ($1) RETURNING id
     ), call_sites AS (
@@ -72,8 +81,10 @@ CREATE FUNCTION rheap_diff("from" bigint, "to" bigint DEFAULT NULL) RETURNS TABL
 )
 LANGUAGE sql VOLATILE SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
     SELECT @extschema@.rheap_no_snapshot(wanted.id)
-    FROM (VALUES ($1), ($2)) wanted (id)
-    WHERE wanted.id IS NOT NULL AND NOT EXISTS (SELECT FROM @extschema@.rheap_snapshots s WHERE s.id = wanted.id);
+    FROM (SELECT $1 UNION ALL SELECT $2 WHERE $2 IS NOT NULL) wanted (id)
+    WHERE NOT EXISTS (SELECT FROM @extschema@.rheap_snapshots s WHERE s.id = wanted.id);
+
+    SELECT @extschema@.rheap_require_cluster('rheap_diff') WHERE $2 IS NULL;
 
     WITH before AS (
         SELECT 'call site' AS kind, backend_type, context, function, location, stack, live_bytes AS bytes, live_count AS count
@@ -109,7 +120,7 @@ LANGUAGE sql VOLATILE SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS 
 $$;
 
 REVOKE ALL ON rheap_snapshots, rheap_snapshot_call_sites, rheap_snapshot_contexts FROM PUBLIC;
-REVOKE ALL ON FUNCTION rheap_snapshot(text), rheap_diff(bigint, bigint), rheap_no_snapshot(bigint) FROM PUBLIC;
+REVOKE ALL ON FUNCTION rheap_snapshot(text), rheap_diff(bigint, bigint), rheap_no_snapshot(bigint), rheap_require_cluster(text) FROM PUBLIC;
 GRANT SELECT ON rheap_snapshots, rheap_snapshot_call_sites, rheap_snapshot_contexts TO pg_monitor;
 GRANT EXECUTE ON FUNCTION rheap_snapshot(text), rheap_diff(bigint, bigint) TO pg_monitor;
 
@@ -120,7 +131,8 @@ COMMENT ON TABLE rheap_snapshot_contexts IS 'what the contexts of each path held
 COMMENT ON FUNCTION rheap_snapshot(text) IS 'note what all processes hold now, for rheap_diff; returns the id of the snapshot';
 COMMENT ON FUNCTION rheap_diff(bigint, bigint) IS 'what grew, shrank, is new or gone between two snapshots, or since one';
 COMMENT ON FUNCTION rheap_no_snapshot(bigint) IS 'raises the error for a snapshot that does not exist; used by rheap_diff';
+COMMENT ON FUNCTION rheap_require_cluster(text) IS 'raises the error that the named function needs shared_preload_libraries; used by rheap_snapshot and rheap_diff';
 "#,
     name = "snapshots",
-    requires = [rheap_no_snapshot, rheap_call_sites, rheap_contexts]
+    requires = [rheap_no_snapshot, rheap_require_cluster, rheap_call_sites, rheap_contexts]
 );

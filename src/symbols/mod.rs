@@ -82,15 +82,15 @@ pub fn address(share: &Share, word: u64) -> String {
 }
 
 /// The symbols that one query needs.
-pub struct Symbols<'a> {
-    share: &'a Share,
+pub struct Symbols {
+    share: Share,
     sources: HashMap<u32, Option<debug_files::Source>>,
     frames: HashMap<u64, Vec<Frame>>,
 }
 
-impl<'a> Symbols<'a> {
-    pub fn new(share: &'a Share) -> Self {
-        Symbols { share, sources: HashMap::new(), frames: HashMap::new() }
+impl Symbols {
+    pub fn new(share: &Share) -> Self {
+        Symbols { share: *share, sources: HashMap::new(), frames: HashMap::new() }
     }
 
     /// The frames of a stored stack, innermost first, down to `main`.
@@ -118,7 +118,7 @@ impl<'a> Symbols<'a> {
     }
 
     fn resolve(&mut self, word: u64) -> Vec<Frame> {
-        let address = address(self.share, word);
+        let address = address(&self.share, word);
         let unnamed = || vec![Frame { function: None, location: address.clone(), address: address.clone() }];
         let (module, offset) = unframe(word);
         if word == CUT || offset == 0 {
@@ -126,7 +126,7 @@ impl<'a> Symbols<'a> {
         }
         let share = self.share;
         let source = self.sources.entry(module).or_insert_with(|| {
-            let path = module_path(share, module)?;
+            let path = module_path(&share, module)?;
             debug_files::open(Path::new(&path))
         });
         let Some(source) = source else { return unnamed() };

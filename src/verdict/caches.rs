@@ -14,27 +14,58 @@ struct Known {
 
 const CACHES: &[Known] = &[
     Known {
-        functions: &["SearchCatCache*", "SearchSysCache*", "CatalogCacheCreateEntry", "CatalogCacheInitializeCache", "RehashCatCache*"],
+        functions: &[
+            "SearchCatCache*",
+            "SearchSysCache*",
+            "CatalogCacheCreateEntry",
+            "CatalogCacheInitializeCache",
+            "RehashCatCache*",
+        ],
         objects: 4096,
         why: "the server's caches of catalogs fill as objects are used",
     },
     Known {
         functions: &[
-            "RelationBuild*", "RelationIdGetRelation", "RelationGet*", "RelationInit*", "RelationParseRelOptions",
-            "RelationClearRelation", "RelationRebuildRelation", "RelationCacheInitialize*", "load_relcache_init_file",
-            "AllocateRelationDesc", "formrdesc", "CopyIndexAttOptions", "get_relation_info_hook", "fetch_fk_constraints",
+            "RelationBuild*",
+            "RelationIdGetRelation",
+            "RelationGet*",
+            "RelationInit*",
+            "RelationParseRelOptions",
+            "RelationClearRelation",
+            "RelationRebuildRelation",
+            "RelationCacheInitialize*",
+            "load_relcache_init_file",
+            "AllocateRelationDesc",
+            "formrdesc",
+            "CopyIndexAttOptions",
+            "get_relation_info_hook",
+            "fetch_fk_constraints",
         ],
         objects: 4096,
         why: "the server's cache of relations fills as tables and indexes are used",
     },
     Known {
-        functions: &["lookup_type_cache", "lookup_rowtype_tupdesc*", "assign_record_type_typmod", "cache_record_field_properties",
-            "load_typcache_tupdesc", "load_enum_cache_data", "find_oper_cache_entry", "make_oper_cache_entry"],
+        functions: &[
+            "lookup_type_cache",
+            "lookup_rowtype_tupdesc*",
+            "assign_record_type_typmod",
+            "cache_record_field_properties",
+            "load_typcache_tupdesc",
+            "load_enum_cache_data",
+            "find_oper_cache_entry",
+            "make_oper_cache_entry",
+        ],
         objects: 256,
         why: "the server's caches of types and operators fill as they are used",
     },
     Known {
-        functions: &["plpgsql_compile", "do_compile", "compile_plperl_function", "PLy_procedure_get", "compile_pltcl_function"],
+        functions: &[
+            "plpgsql_compile",
+            "do_compile",
+            "compile_plperl_function",
+            "PLy_procedure_get",
+            "compile_pltcl_function",
+        ],
         objects: 256,
         why: "a function is compiled once and kept for the session",
     },
@@ -43,20 +74,33 @@ const CACHES: &[Known] = &[
         objects: 512,
         why: "plans are kept for the session",
     },
-    Known {
-        functions: &["exec_parse_message"],
-        objects: 256,
-        why: "drivers keep a number of prepared statements",
-    },
+    Known { functions: &["exec_parse_message"], objects: 256, why: "drivers keep a number of prepared statements" },
     Known {
         functions: &["RE_compile_and_cache"],
         objects: 64,
         why: "compiled regular expressions are kept, 32 of them",
     },
     Known {
-        functions: &["LockAcquireExtended", "ResourceOwnerCreate", "ResourceOwnerEnlarge*", "smgropen", "mdopenfork", "PathNameOpenFile*",
-            "AllocateVfd", "pgstat_prep_pending_entry", "pgstat_get_entry_ref", "GetLocalBufferStorage", "InitLocalBuffers", "ExtendBufferedRelLocal",
-            "LocalBufferAlloc", "CreatePortal", "RegisterSyncRequest", "RememberSyncRequest", "Exec_ListenCommit", "ReservePrivateRefCountEntry"],
+        functions: &[
+            "LockAcquireExtended",
+            "ResourceOwnerCreate",
+            "ResourceOwnerEnlarge*",
+            "smgropen",
+            "mdopenfork",
+            "PathNameOpenFile*",
+            "AllocateVfd",
+            "pgstat_prep_pending_entry",
+            "pgstat_get_entry_ref",
+            "GetLocalBufferStorage",
+            "InitLocalBuffers",
+            "ExtendBufferedRelLocal",
+            "LocalBufferAlloc",
+            "CreatePortal",
+            "RegisterSyncRequest",
+            "RememberSyncRequest",
+            "Exec_ListenCommit",
+            "ReservePrivateRefCountEntry",
+        ],
         objects: 4096,
         why: "a table of what is in use keeps its largest size",
     },
@@ -88,14 +132,15 @@ fn is(function: &str, name: &str) -> bool {
 }
 
 /// Where the server's caches lie, for those who have no names of functions: (part of the context path).
-const PLACES: &[&str] = &["TopMemoryContext/CacheMemoryContext", "TopMemoryContext/dynahash", "TopMemoryContext/TopPortalContext"];
+const PLACES: &[&str] =
+    &["TopMemoryContext/CacheMemoryContext", "TopMemoryContext/dynahash", "TopMemoryContext/TopPortalContext"];
 /// What is there must outgrow this many generations.
 const PLACE_HABIT: u32 = 64;
 
 /// Whether something that lies below such a path may be a cache, as far as that can be told without its call stack.
 pub fn may_be_cache(path: &str, generations: u32) -> bool {
-    let below = |place: &&str| path.strip_prefix(**place).is_some_and(|rest| rest.is_empty() || rest.starts_with('/'));
-    generations < PLACE_HABIT && PLACES.iter().any(|place| below(&place))
+    let below = |place: &str| path.strip_prefix(place).is_some_and(|rest| rest.is_empty() || rest.starts_with('/'));
+    generations < PLACE_HABIT && PLACES.iter().any(|place| below(place))
 }
 
 /// (function, what it keeps until the transaction ends)
@@ -135,7 +180,11 @@ mod tests {
     fn stack(functions: &[&str]) -> Vec<Frame> {
         functions
             .iter()
-            .map(|&f| Frame { function: (f != "?").then(|| f.into()), location: String::new(), address: "postgres+0x1".into() })
+            .map(|&f| Frame {
+                function: (f != "?").then(|| f.into()),
+                location: String::new(),
+                address: "postgres+0x1".into(),
+            })
             .collect()
     }
 
@@ -145,7 +194,10 @@ mod tests {
         assert!(known(&relcache, 500, 500).is_some());
         assert!(known(&relcache, 100_000, 12).is_some(), "many at a time");
         assert_eq!(known(&relcache, 5000, 5000), None);
-        assert!(known(&stack(&["MemoryContextAlloc", "SearchCatCacheMiss.constprop.0", "SearchCatCache1"]), 10, 10).is_some());
+        assert!(
+            known(&stack(&["MemoryContextAlloc", "SearchCatCacheMiss.constprop.0", "SearchCatCache1"]), 10, 10)
+                .is_some()
+        );
     }
 
     #[test]
@@ -154,7 +206,8 @@ mod tests {
         far.extend(["?"; NEAR]);
         far.push("GetCachedPlan");
         assert_eq!(known(&stack(&far), 10, 10), None);
-        let prepared = stack(&["palloc", "copyObjectImpl", "CreateCachedPlan", "PrepareQuery", "standard_ProcessUtility"]);
+        let prepared =
+            stack(&["palloc", "copyObjectImpl", "CreateCachedPlan", "PrepareQuery", "standard_ProcessUtility"]);
         assert_eq!(known(&prepared, 10, 10), None, "the application's own");
     }
 
@@ -167,7 +220,10 @@ mod tests {
 
     #[test]
     fn what_a_transaction_gives_back_is_known() {
-        assert_eq!(until_transaction_ends(&stack(&["hash_search", "LockAcquireExtended", "LockRelationOid"])), Some("a lock of each object that was used"));
+        assert_eq!(
+            until_transaction_ends(&stack(&["hash_search", "LockAcquireExtended", "LockRelationOid"])),
+            Some("a lock of each object that was used")
+        );
         assert_eq!(until_transaction_ends(&stack(&["palloc", "drandom"])), None);
     }
 }

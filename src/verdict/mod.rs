@@ -243,16 +243,38 @@ pub fn bytes(n: u64) -> String {
     }
 }
 
-/// Gathers the evidence of a call site from the shared tables and judges it.
-pub fn judge_site(slot: &Slot, copy: &SiteCopy) -> Judgement {
-    judge_contexts(slot, copy, 0, 0)
+/// How far a process has come with its work, at the moment that its accounts are of.
+pub struct Progress {
+    epoch: u32,
+    transaction: u32,
+    /// What an epoch is there, in the plural.
+    unit: &'static str,
+    timed: bool,
+    now: i64,
+    walks: usize,
+    walk_times: [i64; HISTORY],
 }
 
-/// The same for all that so many contexts of one kind hold, in so many bytes of blocks, summed up in one account.
-pub fn judge_contexts(slot: &Slot, copy: &SiteCopy, contexts: u32, context_bytes: u64) -> Judgement {
-    let walks = slot.walks.load(Acquire) as usize;
+impl Progress {
+    pub fn of(slot: &Slot) -> Self {
+        Progress {
+            epoch: slot.epoch.load(Relaxed),
+            transaction: slot.transaction.load(Relaxed),
+            unit: slot.work_unit(),
+            timed: slot.is_timed(),
+            now: crate::process::now(),
+            walks: slot.walks.load(Acquire) as usize,
+            walk_times: std::array::from_fn(|i| slot.walk_times[i].load(Relaxed)),
+        }
+    }
+}
+
+/// Gathers the evidence of a call site, or of all that so many contexts of one kind hold, in so many bytes of blocks and
+/// summed up in one account, and judges it. `contexts` is 0 where it is not about contexts.
+pub fn judge_account(progress: &Progress, copy: &SiteCopy, contexts: u32, context_bytes: u64) -> Judgement {
+    let walks = progress.walks;
     let mut series: Vec<(i64, u64)> = (walks.saturating_sub(HISTORY - 1) + 1..=walks)
-        .map(|w| (slot.walk_times[w % HISTORY].load(Relaxed), copy.history[w % HISTORY]))
+        .map(|w| (progress.walk_times[w % HISTORY], copy.history[w % HISTORY]))
         .filter(|&(t, _)| t != 0)
         .collect();
     if series.last().is_none_or(|&(t, _)| t < copy.last_seen) {
@@ -267,16 +289,16 @@ pub fn judge_contexts(slot: &Slot, copy: &SiteCopy, contexts: u32, context_bytes
         bin_width: copy.bin_width,
         first_epoch: copy.first_epoch,
         last_epoch: copy.last_epoch,
-        epoch: slot.epoch.load(Relaxed),
-        transaction: slot.transaction.load(Relaxed),
+        epoch: progress.epoch,
+        transaction: progress.transaction,
         ended: copy.ended,
         longest_life: copy.longest_life,
         series,
         first_seen: copy.first_seen,
         last_seen: copy.last_seen,
-        now: crate::process::now(),
-        unit: slot.work_unit(),
-        timed: slot.is_timed(),
+        now: progress.now,
+        unit: progress.unit,
+        timed: progress.timed,
         since: crate::pg_compat::time_of_day(copy.first_seen),
         contexts,
         context_bytes,

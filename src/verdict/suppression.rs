@@ -18,11 +18,10 @@ impl Suppression {
         Judgement { verdict: Verdict::Steady, confidence: 0.0, reason, ..judgement }
     }
 
-    /// Whether the pattern is that of the context's path, its last name, or a function of the stack.
-    pub fn covers(&self, path: &str, frames: &[Frame]) -> bool {
-        let last = path.rsplit('/').next().unwrap_or_default();
+    /// Whether the pattern is that of the context's path, of its name, or of a function of the stack.
+    pub fn covers(&self, path: &str, name: &str, frames: &[Frame]) -> bool {
         matches(&self.pattern, path)
-            || matches(&self.pattern, last)
+            || matches(&self.pattern, name)
             || frames.iter().any(|f| f.function.as_deref().is_some_and(|name| matches(&self.pattern, name)))
     }
 }
@@ -68,6 +67,14 @@ mod tests {
         ] {
             assert!(!matches(pattern, text), "{pattern} {text}");
         }
+    }
+
+    #[test]
+    fn a_context_is_known_by_its_whole_name() {
+        let suppression = |pattern: &str| Suppression { pattern: pattern.into(), reason: "mine".into() };
+        let covers = |pattern| suppression(pattern).covers("Top/PL/pgSQL function", "PL/pgSQL function", &[]);
+        assert!(covers("PL/pgSQL function") && covers("Top/*"));
+        assert!(!covers("pgSQL function") && !covers("Top"));
     }
 
     proptest::proptest! {

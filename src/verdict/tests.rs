@@ -1,96 +1,311 @@
 use super::*;
 
-/// A site that keeps `kept(epoch)` of `made(epoch)` chunks of 1000 bytes in each epoch, as its bins would show it.
-fn site(epochs: u32, made: impl Fn(u32) -> u64, kept: impl Fn(u32) -> u64) -> Evidence {
-    let mut e =
-        Evidence { bin_width: 1, first_epoch: 1, unit: "messages", min_leak_bytes: 64 << 10, ..Evidence::default() };
-    while epochs as u64 > e.bin_width * BINS as u64 {
-        e.bin_width *= 2;
+/// What one site does in one epoch, or several: sizes of the chunks that it allocates, and which older ones it frees.
+#[derive(Default)]
+struct Bench {
+    /// (epoch, bytes)
+    live: Vec<(u32, u64)>,
+    epoch: u32,
+    e: Evidence,
+}
+
+/// Bytes of a chunk.
+const CHUNK: u64 = 1000;
+/// Epochs between two walks.
+const WINDOW: u32 = 10;
+
+impl Bench {
+    fn new() -> Self {
+        Bench { e: Evidence { unit: "messages", ..Evidence::default() }, ..Bench::default() }
     }
-    for epoch in 1..=epochs {
-        let bin = &mut e.bins[((epoch - 1) as u64 / e.bin_width) as usize];
-        bin.0 += kept(epoch) as u32;
-        bin.1 += (kept(epoch) > 0) as u32;
-        e.live_count += kept(epoch);
-        e.alloc_count += made(epoch);
-        if made(epoch) > 0 {
-            e.last_epoch = epoch;
+
+    fn allocate(&mut self, size: u64) {
+        self.e.alloc_count += 1;
+        self.e.alloc_bytes += size;
+        self.e.first_epoch = if self.e.first_epoch == 0 { self.epoch } else { self.e.first_epoch };
+        self.e.last_epoch = self.epoch;
+        self.live.push((self.epoch, size));
+    }
+
+    fn free(&mut self, index: usize) {
+        let (epoch, _) = self.live.swap_remove(index);
+        if epoch < self.epoch {
+            self.e.ended += 1;
+            self.e.longest_life = self.e.longest_life.max(self.epoch - epoch);
         }
     }
-    e.epoch = epochs;
-    e.live_bytes = e.live_count * 1000;
-    e.last_seen = epochs as i64 * 1_000_000;
-    e
+
+    fn bytes(&self) -> u64 {
+        self.live.iter().map(|c| c.1).sum()
+    }
+
+    /// Runs `work` once for each of so many epochs.
+    fn run(&mut self, epochs: u32, mut work: impl FnMut(&mut Self)) -> Judgement {
+        for _ in 0..epochs {
+            self.epoch += 1;
+            work(self);
+            if self.epoch.is_multiple_of(WINDOW) {
+                self.e.series.push((self.epoch as i64 * 100_000, self.bytes()));
+                self.e.series.drain(..self.e.series.len().saturating_sub(HISTORY));
+            }
+        }
+        self.judge()
+    }
+
+    fn judge(&self) -> Judgement {
+        let mut e = self.e.clone();
+        e.epoch = self.epoch;
+        (e.live_count, e.live_bytes) = (self.live.len() as u64, self.bytes());
+        e.last_seen = e.last_epoch as i64 * 100_000;
+        e.now = self.epoch as i64 * 100_000;
+        e.bin_width = 1;
+        while (e.last_epoch - e.first_epoch) as u64 >= e.bin_width * BINS as u64 {
+            e.bin_width *= 2;
+        }
+        let mut seen = std::collections::HashSet::new();
+        for &(epoch, size) in &self.live {
+            let age = &mut e.ages[((epoch - e.first_epoch) as u64 / e.bin_width) as usize];
+            age.records += 1;
+            age.bytes += size;
+            age.generations += seen.insert(epoch) as u32;
+        }
+        judge(&e)
+    }
+}
+
+/// So many epochs of so many chunks each, of which those stay that `stays` says.
+fn site(epochs: u32, made: u32, stays: impl Fn(u32) -> u32) -> Judgement {
+    Bench::new().run(epochs, |b| {
+        for i in 0..made {
+            b.allocate(CHUNK);
+            if i >= stays(b.epoch) {
+                b.free(b.live.len() - 1);
+            }
+        }
+    })
+}
+
+/// The same numbers each time, spread over all of them.
+fn random(n: &mut u64) -> usize {
+    *n = n.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
+    (*n >> 33) as usize
 }
 
 #[test]
 fn a_leak_in_each_epoch_is_a_leak() {
-    let j = judge(&site(1000, |_| 1, |_| 1));
+    let j = site(1000, 1, |_| 1);
     assert_eq!((j.verdict, j.generations), (Verdict::Leak, 1000));
     assert!(j.confidence > 0.9);
     assert_eq!(
         j.reason,
-        "nothing of 1000 allocations freed, 1000 B per message, 1000 generations of survivors in 1000 messages"
+        "held in 16 of the last 16 windows, nothing of 1000 allocations freed, 1000 B per message, 1000 generations of \
+         survivors in 1000 messages"
     );
 }
 
 #[test]
 fn a_rare_leak_among_much_churn_is_a_leak() {
-    assert_eq!(judge(&site(10_000, |_| 50, |e| (e % 50 == 0) as u64)).verdict, Verdict::Leak);
+    assert_eq!(site(5000, 50, |epoch| epoch.is_multiple_of(50) as u32).verdict, Verdict::Leak);
 }
 
 #[test]
 fn a_few_large_statements_that_free_nothing_are_a_leak() {
-    assert_eq!(judge(&site(4, |_| 100_000, |_| 100_000)).verdict, Verdict::Leak);
+    assert_eq!(site(4, 10_000, |_| 10_000).verdict, Verdict::Leak);
+}
+
+#[test]
+fn a_leak_that_begins_late_is_a_leak_at_once() {
+    let j = site(1100, 10, |epoch| (epoch > 1000) as u32);
+    assert_eq!(j.verdict, Verdict::Leak, "{j:?}");
+    // The others live for a while, and these outlive them.
+    let mut b = Bench::new();
+    let j = b.run(1100, |b| {
+        b.allocate(CHUNK);
+        if b.epoch > 20 && (b.epoch <= 1000 || b.epoch.is_multiple_of(2)) {
+            b.free(0);
+        }
+    });
+    assert_eq!(j.verdict, Verdict::Leak, "{j:?}");
 }
 
 #[test]
 fn one_burst_is_suspect_at_most() {
-    assert_eq!(judge(&site(1, |_| 100_000, |_| 100_000)).verdict, Verdict::Suspect);
-    assert_eq!(judge(&site(1, |_| 500, |_| 500)).verdict, Verdict::Steady);
+    assert_eq!(site(1, 10_000, |_| 10_000).verdict, Verdict::Suspect);
+    assert_eq!(site(1, 500, |_| 500).verdict, Verdict::Steady);
+    let mut b = Bench::new();
+    b.run(1, |b| (0..5000).for_each(|_| b.allocate(CHUNK)));
+    assert_eq!(b.run(100, |_| ()).verdict, Verdict::Steady, "made once");
+    b.run(1, |b| (0..20_000).for_each(|_| b.allocate(CHUNK)));
+    assert_eq!(b.run(100, |_| ()).verdict, Verdict::Suspect, "much, and made once");
 }
 
 #[test]
 fn a_cache_that_fills_and_stops_is_a_cache() {
-    let j = judge(&site(5000, |_| 10, |e| if e < 100 { 10 } else { 0 }));
-    assert_eq!(j.verdict, Verdict::Cache);
-    let slowing = judge(&site(4096, |_| 10, |e| (e < 100 || (e < 3000 && e % 500 == 0)) as u64 * 10));
+    assert_eq!(site(2000, 10, |epoch| if epoch < 100 { 10 } else { 0 }).verdict, Verdict::Cache);
+    let slowing = site(4096, 10, |epoch| (epoch < 100 || (epoch < 3000 && epoch % 500 == 0)) as u32 * 10);
     assert_eq!(slowing.verdict, Verdict::Cache);
 }
 
 #[test]
-fn a_queue_that_forgets_its_oldest_is_no_leak() {
-    let j = judge(&site(5000, |_| 1, |e| (e > 4900) as u64));
-    assert_eq!(j.verdict, Verdict::Cache);
+fn a_cache_of_random_keys_is_none_to_complain_of_when_it_is_nearly_full() {
+    let (mut keys, mut n) = (vec![false; 2000], 7);
+    let mut b = Bench::new();
+    let mut step = |b: &mut Bench| {
+        for _ in 0..20 {
+            if !std::mem::replace(&mut keys[random(&mut n) % 2000], true) {
+                b.allocate(CHUNK);
+            }
+        }
+    };
+    assert_eq!(b.run(20, &mut step).verdict, Verdict::Leak, "nobody can know yet");
+    assert_eq!(b.run(230, &mut step).verdict, Verdict::Suspect, "nine tenths");
+    b.run(100, &mut step);
+    for _ in 0..20 {
+        let j = b.run(50, &mut step);
+        assert_eq!(j.verdict, Verdict::Cache, "{j:?}");
+    }
+}
+
+#[test]
+fn a_ring_is_no_leak_from_its_second_round_on() {
+    for slots in [40, 512] {
+        let mut b = Bench::new();
+        b.run(slots + slots / 8, |b| {
+            b.allocate(CHUNK);
+            if b.live.len() > slots as usize {
+                b.live.sort_by_key(|c| std::cmp::Reverse(c.0));
+                b.free(b.live.len() - 1);
+            }
+        });
+        for _ in 0..30 {
+            let j = b.run(97, |b| {
+                b.allocate(CHUNK);
+                b.live.sort_by_key(|c| std::cmp::Reverse(c.0));
+                b.free(b.live.len() - 1);
+            });
+            assert_eq!(j.verdict, Verdict::Cache, "{slots} slots: {j:?}");
+        }
+    }
+}
+
+#[test]
+fn a_cache_that_replaces_at_random_is_no_leak() {
+    let mut n = 3;
+    let mut b = Bench::new();
+    let mut step = |b: &mut Bench| {
+        for _ in 0..60 {
+            let slot = random(&mut n) % 1000;
+            if slot < b.live.len() {
+                b.free(slot);
+            }
+            b.allocate(CHUNK);
+        }
+    };
+    b.run(15, &mut step);
+    for _ in 0..40 {
+        let j = b.run(23, &mut step);
+        assert_eq!(j.verdict, Verdict::Cache, "{j:?}");
+    }
+}
+
+#[test]
+fn what_is_given_back_from_time_to_time_is_no_leak() {
+    let mut b = Bench::new();
+    let mut step = |b: &mut Bench| {
+        if b.live.len() == 400 {
+            (0..400).for_each(|_| b.free(0));
+        }
+        (0..20).for_each(|_| b.allocate(CHUNK));
+    };
+    b.run(22, &mut step);
+    for _ in 0..100 {
+        let j = b.run(7, &mut step);
+        assert!(j.verdict <= Verdict::Cache, "{j:?}");
+    }
 }
 
 #[test]
 fn what_is_freed_again_is_steady() {
-    assert_eq!(judge(&site(100, |_| 1000, |_| 0)).verdict, Verdict::Steady);
+    assert_eq!(site(100, 100, |_| 0).verdict, Verdict::Steady);
+}
+
+#[test]
+fn an_array_that_grows_for_ever_is_a_leak_and_a_buffer_that_has_grown_is_none() {
+    let array = |calm: u32, by: fn(u64) -> u64| {
+        let mut b = Bench::new();
+        b.run(calm, |b| {
+            if b.live.is_empty() {
+                b.allocate(64);
+            }
+        });
+        b.run(150, |b| {
+            let size = by(b.live.first().map_or(64, |c| c.1));
+            if b.live.first().is_none_or(|c| c.1 != size) {
+                b.live.clear();
+                b.allocate(size);
+            }
+        })
+    };
+    assert_eq!(array(0, |size| size + 3000).verdict, Verdict::Leak);
+    assert_eq!(array(300, |size| size + 3000).verdict, Verdict::Leak, "it grows later");
+    // Elements that come evenly double it ever more seldom.
+    let mut b = Bench::new();
+    let j = b.run(150, |b| {
+        let wanted = (b.epoch as u64 * 4000).next_power_of_two();
+        if b.live.first().is_none_or(|c| c.1 != wanted) {
+            b.live.clear();
+            b.allocate(wanted);
+        }
+    });
+    assert_eq!((j.verdict, j.confidence), (Verdict::Leak, 0.6), "{j:?}");
+    let mut n = 5;
+    let mut b = Bench::new();
+    let j = b.run(150, |b| {
+        let wanted = (random(&mut n) as u64 % 500_000).next_power_of_two();
+        if b.live.first().is_none_or(|c| c.1 < wanted) {
+            b.live.clear();
+            b.allocate(wanted);
+        }
+    });
+    assert_eq!(j.verdict, Verdict::Steady, "{j:?}");
 }
 
 #[test]
 fn what_is_small_is_not_reported() {
-    let j = judge(&site(60, |_| 1, |_| 1));
+    let j = site(60, 1, |_| 1).small(60_000);
     assert_eq!(j.verdict, Verdict::Steady);
     assert!(j.reason.contains("less than rheap.min_leak_bytes"), "{}", j.reason);
 }
 
 #[test]
-fn a_known_cache_is_a_cache_until_it_outgrows_its_history() {
-    let mut young = site(30, |_| 100, |_| 100);
-    young.known_cache = caches::known("TopMemoryContext/CacheMemoryContext/CachedPlan");
-    assert_eq!(judge(&young).verdict, Verdict::Cache);
-    let mut old = site(500, |_| 100, |_| 100);
-    old.known_cache = young.known_cache;
-    assert_eq!(judge(&old).verdict, Verdict::Leak);
-    assert_eq!(caches::known("TopMemoryContext/CacheMemoryContextual"), None);
-    assert_eq!(caches::known("TopMemoryContext"), None);
+fn a_leak_is_one_for_some_time_after_its_last_message() {
+    let mut b = Bench::new();
+    b.run(100, |b| b.allocate(CHUNK));
+    assert_eq!(b.run(15, |_| ()).verdict, Verdict::Leak);
+    let j = b.run(40, |_| ());
+    assert_eq!(j.verdict, Verdict::Cache);
+    assert!(j.reason.starts_with("stopped growing 55 messages ago"), "{}", j.reason);
+}
+
+#[test]
+fn what_a_transaction_has_allocated_is_told_apart() {
+    let mut b = Bench::new();
+    b.run(100, |b| {
+        if b.epoch > 50 {
+            b.allocate(CHUNK)
+        }
+    });
+    let of_transaction = |transaction: u32| {
+        let mut b = Bench { e: Evidence { transaction, ..b.e.clone() }, live: b.live.clone(), epoch: b.epoch };
+        b.run(0, |_| ()).of_transaction
+    };
+    assert!(of_transaction(51) && !of_transaction(52) && !of_transaction(0));
 }
 
 #[test]
 fn the_slope_is_in_bytes_per_second() {
-    let mut e = site(100, |_| 10, |_| 10);
-    e.series = (0..10).map(|i| (i * 2_000_000, 500 * i as u64)).collect();
-    assert_eq!(judge(&e).growth_bytes_per_s, 250.0);
+    let mut b = Bench::new();
+    b.run(100, |b| b.allocate(CHUNK));
+    b.e.series = (0..10).map(|i| (i * 2_000_000, 500 * i as u64)).collect();
+    assert_eq!(b.judge().growth_bytes_per_s, 250.0);
 }

@@ -17,7 +17,7 @@ use crate::share::Share;
 use crate::share::row::Seen;
 use crate::share::slot::Slot;
 use crate::verdict::proportion::Held;
-use crate::verdict::{Verdict, caches, judge_site};
+use crate::verdict::{Progress, Verdict, caches, judge_account};
 use moved::Moved;
 use path::DEEPEST;
 use pgrx::pg_sys;
@@ -250,8 +250,8 @@ fn add(paths: &mut Table<Found>, budget: &mut Budget, path: u32, seen: Seen, wal
 }
 
 /// Whether a call site leaks, as far as that can be told without the names of functions.
-fn is_leak(share: &Share, slot: &Slot, copy: &SiteCopy) -> bool {
-    let judgement = judge_site(slot, copy);
+fn is_leak(share: &Share, progress: &Progress, copy: &SiteCopy) -> bool {
+    let judgement = judge_account(progress, copy, 0, 0);
     judgement.verdict == Verdict::Leak
         && copy.live_bytes >= settings::min_leak_bytes()
         && !caches::may_be_cache(&share.path_name(copy.path), judgement.generations)
@@ -265,11 +265,12 @@ pub fn log_new_leaks() {
         return;
     }
     let (Some(share), Some(slot)) = (process.share, process.slot()) else { return };
+    let progress = Progress::of(slot);
     let mut leaks = Vec::new();
     process.ledger.each_site(|id| {
         let site = &share.sites.rows[id as usize];
         if let Some(copy) = site.copy()
-            && is_leak(&share, slot, &copy)
+            && is_leak(&share, &progress, &copy)
             && site.first_report()
         {
             leaks.push(copy);

@@ -1,0 +1,48 @@
+//! One look at the shared tables. What each process holds is copied once, and everything that a call answers is derived
+//! from the copies: the processes work on meanwhile, and figures of two moments would not agree.
+
+use std::rc::Rc;
+use std::sync::atomic::Ordering::*;
+
+use crate::ledger::account::SiteCopy;
+use crate::share::Share;
+use crate::share::row::RowCopy;
+use crate::share::slot::Slot;
+use crate::verdict::Progress;
+
+pub struct Look {
+    pub share: Share,
+    pub processes: Vec<Held>,
+}
+
+/// What one process held.
+pub struct Held {
+    pub slot: &'static Slot,
+    pub pid: i32,
+    pub backend_type: Rc<str>,
+    pub progress: Progress,
+    pub sites: Vec<SiteCopy>,
+    pub rows: Vec<RowCopy>,
+}
+
+impl Look {
+    /// At one process or at all, or the ERROR that says what to do instead.
+    pub fn take(function: &str, pid: Option<i32>) -> Self {
+        let (share, slots) = super::slots(function, pid);
+        let held = |(index, slot): (u32, &'static Slot)| {
+            // Who still has to forget holds nothing already.
+            let counts = !slot.reset_pending();
+            let sites = share.sites.owned(index).take_while(|_| counts).flat_map(|chunk| share.sites.rows_of(chunk));
+            let rows = share.rows.owned(index).take_while(|_| counts).flat_map(|chunk| share.rows.rows_of(chunk));
+            Held {
+                sites: sites.filter_map(|(_, site)| site.copy()).collect(),
+                rows: rows.filter_map(|(_, row)| row.copy()).collect(),
+                slot,
+                pid: slot.pid.load(Acquire),
+                backend_type: super::backend_type(slot).into(),
+                progress: Progress::of(slot),
+            }
+        };
+        Look { share, processes: slots.into_iter().map(held).collect() }
+    }
+}
