@@ -91,7 +91,8 @@ def leaks():
         module("slab", context="corpus slab"),
         module("bump", context="corpus bump", least=17),
         module("nine", also=("one_site",)),
-        module("shared"), module("recursion"),
+        module("shared"), module("recursion"), module("late"), module("arrays", context="CacheMemoryContext"),
+        module("numbers"), module("ways"), module("hollow", context="corpus hollow"),
         Scenario("error path", True, ["SELECT corpus_error({n})"], function=("error_site",)),
         Scenario("plpgsql functions", True, [
             "CREATE FUNCTION pg_temp.f{n}() RETURNS int LANGUAGE plpgsql AS 'BEGIN RETURN {n}; END'",
@@ -105,18 +106,19 @@ def leaks():
             f" DROP TYPE pg_temp.t{i};" for i in range(20))], function=("lookup_type_cache",), alone=True),
     ]
     others = [
-        Scenario("background worker", True, [], function=("worker_site",), process="corpus worker"),
+        Scenario("background worker", True, [], function=("worker_site",), process="corpus worker",
+                 also=("worker_cache_site",)),
         Scenario("postmaster", True, [], function=("fork_site",), process="postmaster"),
         Scenario("checkpointer", True, ["CHECKPOINT"], function=("checkpointer_site",), process="checkpointer"),
         Scenario("logical decoding", True, ["UPDATE decoded SET a = a + 1"], function=("decoding_site",),
-                 process="walsender"),
+                 process="walsender", also=("plugin_site",)),
         Scenario("parallel worker", True, [], function=("parallel_site",), process="parallel worker"),
     ]
     return session + others
 
 
 def benign():
-    names = ["saturates", "lru", "sawtooth", "arena", "once", "ring", "behind", "buffer"]
+    names = ["saturates", "lru", "sawtooth", "arena", "once", "ring", "round", "behind", "buffer"]
     sql = {
         "prepare and deallocate": ["PREPARE q AS SELECT count(*) FROM pg_class WHERE oid = {n}; EXECUTE q; DEALLOCATE q"],
         "cursors": ["BEGIN; DECLARE c CURSOR FOR SELECT * FROM pg_class; FETCH 10 FROM c; CLOSE c; COMMIT"],
@@ -136,10 +138,17 @@ def benign():
         "vacuum": ["VACUUM ANALYZE small"],
         "create index": ["CREATE INDEX i ON small (a); DROP INDEX i"],
         "failing statements": ["SELECT 1/0", "SELECT * FROM nowhere"],
+        "regular expressions": ["SELECT 'abc' ~ ('ab+' || md5('{n}'))"],
+        "a schema, table by table": ["SELECT count(*) FROM tables.t{n} WHERE a = 1"],
+        "functions": ["SELECT tables.f{n}()"],
+        "savepoints": ["SAVEPOINT s{n}; SELECT count(*) FROM pg_class"],
+        "locks": ["SELECT count(pg_advisory_xact_lock({n}, g)) FROM generate_series(1, 20) g"],
         "many tables": ["CREATE TABLE pg_temp.t{n} (a int PRIMARY KEY, b text); DROP TABLE pg_temp.t{n}"],
     }
     setup = {
         "temporary table refilled": "CREATE TEMP TABLE kept (a int)",
+        "savepoints": "BEGIN",
+        "locks": "BEGIN",
         "jit": "SET jit = on; SET jit_above_cost = 0; SET jit_inline_above_cost = 0; SET jit_optimize_above_cost = 0;"
                " SET max_parallel_workers_per_gather = 0",
         "parallel plan": "SET parallel_setup_cost = 0; SET parallel_tuple_cost = 0; SET min_parallel_table_scan_size = 0",
@@ -155,6 +164,11 @@ CREATE TABLE big AS SELECT i AS a, md5(i::text) AS b FROM generate_series(1, {ro
 CREATE TABLE small AS SELECT generate_series(1, 1000) AS a;
 CREATE TABLE parted (a int, b text) PARTITION BY LIST (a);
 DO $$ BEGIN FOR i IN 0..499 LOOP EXECUTE format('CREATE TABLE parted_%s PARTITION OF parted FOR VALUES IN (%s)', i, i);
+END LOOP; END $$;
+CREATE SCHEMA tables;
+DO $$ BEGIN FOR i IN 1..200 LOOP
+EXECUTE format('CREATE TABLE tables.t%s (a int PRIMARY KEY, b text UNIQUE, c text DEFAULT md5(%L))', i, i);
+EXECUTE format('CREATE FUNCTION tables.f%s() RETURNS int LANGUAGE plpgsql AS %L', i, 'BEGIN RETURN 1; END');
 END LOOP; END $$;
 CREATE PROCEDURE committing() LANGUAGE plpgsql AS 'BEGIN FOR i IN 1..5 LOOP PERFORM i; COMMIT; END LOOP; END';
 ANALYZE;
@@ -172,12 +186,12 @@ def drive(cluster, scenario, until):
         n += 1
         for statement in scenario.work:
             try:
-                answer = session(statement.replace("{n}", str(n))).splitlines()
+                answer = session(statement.replace("{n}", str(n % 200 + 1 if "tables." in statement else n))).splitlines()
                 stays = answer[-1] if answer and "corpus_" in statement else ""
             except SqlError:
                 # On the error path; the function says nothing then.
                 stays = "4000" if "corpus_error" in statement else ""
-            if scenario.name in ("hash", "list"):
+            if scenario.name in ("hash", "list", "numbers"):
                 scenario.known = False
             if stays.isdigit():
                 scenario.truth += int(stays)

@@ -19,6 +19,7 @@
 #include "replication/output_plugin.h"
 #include "storage/ipc.h"
 #include "storage/latch.h"
+#include "utils/catcache.h"
 #include "utils/elog.h"
 #include "utils/hsearch.h"
 #include "utils/memutils.h"
@@ -344,6 +345,98 @@ SCENARIO(error)
 	PG_RETURN_INT64(0);
 }
 
+/* Frees what it allocates for a long time, and then no more. */
+SITE(late)
+SCENARIO(late)
+{
+	static int	calls = 0;
+
+	calls++;
+	for (int i = 0; i < 40; i++)
+	{
+		void	   *chunk = late_site(TopMemoryContext, 200);
+
+		if (calls <= 40)
+			pfree(chunk);
+	}
+	PG_RETURN_INT64(calls <= 40 ? 0 : 40 * 200);
+}
+
+/* Arrays that grow in turn, where the server has its caches. */
+static pg_noinline void *
+arrays_site(void *array, Size size)
+{
+	array = array ? repalloc(array, size) : MemoryContextAlloc(CacheMemoryContext, size);
+	KEEPS_FRAME();
+	return touched(array);
+}
+
+SCENARIO(arrays)
+{
+	static void *arrays[3];
+	static Size size = 0;
+
+	size += 1000;
+	for (int i = 0; i < 3; i++)
+		arrays[i] = arrays_site(arrays[i], size);
+	PG_RETURN_INT64(3 * 1000);
+}
+
+/* A list of numbers: one chunk, which doubles ever more seldom. */
+static pg_noinline List *
+numbers_site(List *list, int number)
+{
+	MemoryContext before = MemoryContextSwitchTo(TopMemoryContext);
+
+	list = lappend_int(list, number);
+	MemoryContextSwitchTo(before);
+	KEEPS_FRAME();
+	return list;
+}
+
+SCENARIO(numbers)
+{
+	static List *list = NIL;
+
+	for (int i = 0; i < 1000; i++)
+		list = numbers_site(list, i);
+	PG_RETURN_NULL();
+}
+
+/* One leak that eight ways lead to, none of which is much. */
+SITE(ways)
+#define WAY(n) \
+	static pg_noinline void way_##n(void) \
+	{ \
+		ways_site(TopMemoryContext, 100); \
+		KEEPS_FRAME(); \
+	}
+WAY(0) WAY(1) WAY(2) WAY(3) WAY(4) WAY(5) WAY(6) WAY(7)
+SCENARIO(ways)
+{
+	static void (*const all[]) (void) = {way_0, way_1, way_2, way_3, way_4, way_5, way_6, way_7};
+
+	for (int i = 0; i < lengthof(all); i++)
+		all[i] ();
+	PG_RETURN_INT64(lengthof(all) * 100);
+}
+
+/* Contexts that hold next to nothing, and take a block each. */
+static pg_noinline void
+hollow_site(void)
+{
+	MemoryContext context = AllocSetContextCreate(TopMemoryContext, "corpus hollow", ALLOCSET_DEFAULT_SIZES);
+
+	TAKE(context, 16);
+	KEEPS_FRAME();
+}
+
+SCENARIO(hollow)
+{
+	hollow_site();
+	PG_RETURN_INT64(16);
+}
+
 /* A row that leaks while a parallel worker runs its part of a query. */
 SITE(parallel)
 SCENARIO(parallel)
@@ -356,13 +449,16 @@ SCENARIO(parallel)
 
 /* A background worker without messages. */
 SITE(worker)
+SITE(worker_cache)
 void
 corpus_worker_main(Datum argument)
 {
 	BackgroundWorkerUnblockSignals();
+	CreateCacheMemoryContext();
 	for (;;)
 	{
 		worker_site(TopMemoryContext, 2000);
+		worker_cache_site(CacheMemoryContext, 1000);
 		(void) WaitLatch(MyLatch, WL_LATCH_SET | WL_TIMEOUT | WL_EXIT_ON_PM_DEATH, 20, PG_WAIT_EXTENSION);
 		ResetLatch(MyLatch);
 		CHECK_FOR_INTERRUPTS();
@@ -392,6 +488,7 @@ emit_log(ErrorData *edata)
 
 /* Logical decoding, for each change. */
 SITE(decoding)
+SITE(plugin)
 static void
 decode_startup(LogicalDecodingContext *ctx, OutputPluginOptions *options, bool is_init)
 {
@@ -407,6 +504,7 @@ static void
 decode_change(LogicalDecodingContext *ctx, ReorderBufferTXN *txn, Relation relation, ReorderBufferChange *change)
 {
 	decoding_site(TopMemoryContext, 300);
+	plugin_site(ctx->context, 100);
 }
 
 static void
@@ -537,6 +635,19 @@ SCENARIO(ring)
 		ring[next] = TAKE(TopMemoryContext, 1000 + next_random() % 1000);
 		next = (next + 1) % lengthof(ring);
 	}
+	PG_RETURN_INT64(0);
+}
+
+/* A small one, with one new entry at a time. */
+SCENARIO(round)
+{
+	static void *ring[48];
+	static int	next = 0;
+
+	if (ring[next] != NULL)
+		pfree(ring[next]);
+	ring[next] = TAKE(TopMemoryContext, 3000);
+	next = (next + 1) % lengthof(ring);
 	PG_RETURN_INT64(0);
 }
 

@@ -25,6 +25,12 @@ CREATE FUNCTION corpus_once() RETURNS bigint LANGUAGE c AS 'corpus';
 CREATE FUNCTION corpus_ring() RETURNS bigint LANGUAGE c AS 'corpus';
 CREATE FUNCTION corpus_behind() RETURNS bigint LANGUAGE c AS 'corpus';
 CREATE FUNCTION corpus_buffer() RETURNS bigint LANGUAGE c AS 'corpus';
+CREATE FUNCTION corpus_late() RETURNS bigint LANGUAGE c AS 'corpus';
+CREATE FUNCTION corpus_arrays() RETURNS bigint LANGUAGE c AS 'corpus';
+CREATE FUNCTION corpus_numbers() RETURNS bigint LANGUAGE c AS 'corpus';
+CREATE FUNCTION corpus_ways() RETURNS bigint LANGUAGE c AS 'corpus';
+CREATE FUNCTION corpus_hollow() RETURNS bigint LANGUAGE c AS 'corpus';
+CREATE FUNCTION corpus_round() RETURNS bigint LANGUAGE c AS 'corpus';
 DO $$ BEGIN
   IF current_setting('server_version_num')::int >= 170000 THEN
     CREATE FUNCTION corpus_bump() RETURNS bigint LANGUAGE c AS 'corpus';

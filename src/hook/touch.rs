@@ -36,6 +36,9 @@ pub unsafe fn is_transient(context: MemoryContext) -> bool {
             if is_transient_root(at) {
                 return !is_kept_by_cursor(below);
             }
+            if is_replication(at) {
+                return false;
+            }
             // One comparison settles it as soon as an ancestor has been touched.
             if at != context {
                 match tables::table_of(at) {
@@ -58,6 +61,16 @@ pub unsafe fn is_transient(context: MemoryContext) -> bool {
 unsafe fn is_kept_by_cursor(context: MemoryContext) -> bool {
     // SAFETY: a plain read of a live context, whose name is a static string.
     unsafe { !(*context).name.is_null() && CStr::from_ptr((*context).name) == c"PortalHoldContext" }
+}
+
+/// Whether a context is that of a command of replication: a sender runs one, for as long as it lives, within a message
+/// that never ends.
+///
+/// # Safety
+/// A live context.
+unsafe fn is_replication(context: MemoryContext) -> bool {
+    // SAFETY: a plain read of a live context, whose name is a static string.
+    unsafe { !(*context).name.is_null() && CStr::from_ptr((*context).name) == c"Replication command context" }
 }
 
 /// Whether a context that is not watched outlives the transaction after all: it has been moved since.

@@ -166,7 +166,8 @@ impl Process {
         if followed.stack_depth != self.followed.stack_depth && self.followed.stack_depth != 0 {
             self.stacks.forget();
         }
-        hook::ask_about_all(followed.scope_all);
+        // A sender's long command looks like a message.
+        hook::ask_about_all(followed.scope_all || kind == pg_sys::BackendType::B_WAL_SENDER as i32);
         self.followed = followed;
         slot.backend_type.store(kind, Relaxed);
         slot.without_messages.store(pg_compat::has_no_messages(kind) as u32, Relaxed);

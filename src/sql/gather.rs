@@ -23,7 +23,7 @@ pub struct Gathered {
     pub stacks: Vec<u32>,
     /// Live bytes, or the blocks of contexts that multiply: what `rheap.min_leak_bytes` is about.
     pub size: u64,
-    /// Allocations alive in the process that has most of them, or contexts that multiply.
+    /// Allocations alive in the process that has most of them, or entries of its hash table, or contexts that multiply.
     objects: u64,
     /// Live bytes of the process that holds most.
     most: u64,
@@ -61,20 +61,21 @@ impl Gathered {
             pid: held.pid,
             stacks,
             size: copy.live_bytes.max(context_bytes),
-            objects: if contexts == 0 { copy.live_count } else { contexts as u64 },
+            // A hash table allocates for many entries at a time.
+            objects: if contexts == 0 { copy.live_count.max(copy.live_bytes / ENTRY) } else { contexts as u64 },
             most: copy.live_bytes,
             copy,
         }
     }
 
     /// Why all of it may be kept without a leak, as the names on its stack tell.
-    pub fn reason_to_grow(&self, frames: &[Frame]) -> Option<String> {
+    pub fn reason_to_grow(&self, path: &str, frames: &[Frame]) -> Option<String> {
         if self.judgement.of_transaction
             && let Some(what) = caches::until_transaction_ends(frames)
         {
             return Some(format!("kept until the transaction ends: {what}"));
         }
-        caches::known(frames, self.objects, self.judgement.generations).map(str::to_string)
+        caches::known(path, frames, self.objects, self.judgement.generations).map(str::to_string)
     }
 
     fn merge(&mut self, other: Gathered) {
@@ -132,6 +133,9 @@ pub enum Fold {
     /// Those that allocate in contexts that multiply, since the leak is one of contexts.
     Contexts,
 }
+
+/// About as large is an entry of a hash table.
+const ENTRY: u64 = 512;
 
 /// So many contexts of one path are many.
 const MANY: u32 = 32;

@@ -211,7 +211,7 @@ impl Namer {
         self.sizes.clear();
         for row in rows.iter().filter(|row| is_candidate(row)) {
             let (frames, at) = row.frames(&mut self.symbols);
-            if row.reason_to_grow(&frames).is_none() {
+            if row.reason_to_grow(&self.share.path_name(row.copy.path), &frames).is_none() {
                 *self.sizes.entry(culprit(row, &frames, at)).or_default() += row.size;
             }
         }
@@ -238,7 +238,7 @@ impl Namer {
         if judgement.verdict < Verdict::Suspect {
             return judgement;
         }
-        if let Some(why) = row.reason_to_grow(frames) {
+        if let Some(why) = row.reason_to_grow(path, frames) {
             return judgement.cache(&why);
         }
         let size = self.sizes.get(&culprit(row, frames, at)).copied().unwrap_or(0);
