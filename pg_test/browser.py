@@ -68,6 +68,8 @@ class Browser:
         self.command("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}])
 
     def find(self, css):
+        """Waits until it is there: what a click makes the page do may come a moment later."""
+        self.ask("POST", "/timeouts", {"implicit": 20_000})
         [element] = self.ask("POST", "/element", {"using": "css selector", "value": css}).values()
         return element
 

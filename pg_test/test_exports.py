@@ -300,6 +300,7 @@ def test_the_table_sorts_and_filters_by_mouse_and_keyboard(page):
     page.keys("#filter", "leaky_leak topmemory")
     assert [c.split("\n")[0] for c in cells(page, 1)] == ["leaky_leak"]
     page.click("#site-table details summary")
+    page.find("#site-table ol.stack")
     assert "main at" in page.run("return document.querySelector('#site-table ol.stack').textContent")
     page.run("document.querySelector('#filter').value = ''; document.querySelector('#filter').dispatchEvent(new Event('input'))")
     assert page.log() == []
