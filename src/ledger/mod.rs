@@ -16,6 +16,7 @@ mod index;
 mod pending;
 pub mod region;
 pub mod sampling;
+mod series;
 mod short_lived;
 pub mod table;
 
@@ -63,19 +64,12 @@ pub enum Precision {
     SampledAtOnce(Rate),
 }
 
+/// In this order, and begun by what every process writes, so that a short life touches few pages.
+#[repr(C)]
 pub struct Ledger {
-    budget: Budget,
-    records: Index,
-    contexts: Table<Context>,
-    sites: Table<SiteKey>,
-    pub cells: Cells,
-    pub filter: Filter,
-    pending: Pending,
     precision: Precision,
     /// Exact, and within the memory.
     quick: bool,
-    rates: Rates,
-    rng: Rng,
     /// In exact mode past the memory: level of new records, and bytes until the next.
     level: u8,
     gap: i64,
@@ -90,6 +84,15 @@ pub struct Ledger {
     last_context: u32,
     /// Grows whenever a context's id or path ceases to hold.
     context_changes: u32,
+    rng: Rng,
+    budget: Budget,
+    records: Index,
+    contexts: Table<Context>,
+    sites: Table<SiteKey>,
+    rates: Rates,
+    pub cells: Cells,
+    pending: Pending,
+    pub filter: Filter,
 }
 
 impl Ledger {

@@ -87,6 +87,8 @@ unsafe extern "C" fn forked_in_child() {
     process.state = State::Detached;
     process.quick = false;
     process.ticks = 0;
+    // A free may ask the ledger before this process's own books begin.
+    process.ledger.abandon();
     if process.has_messages {
         process.stacks.forget();
     }
@@ -98,14 +100,14 @@ unsafe extern "C" fn forked_in_child() {
 }
 
 extern "C" fn exiting() {
-    // SAFETY: the process's last moments; nothing else runs.
-    let process = unsafe { current() };
-    if process.own_slot.is_some() && std::process::id() as i32 == process.pid {
+    // SAFETY: the process's last moments; nothing else runs. A plain system call.
+    let (process, pid) = unsafe { (current(), libc::getpid()) };
+    if process.own_slot.is_some() && pid == process.pid {
         process.keep_what_is_held();
         process.own_slot = None;
         process.state = State::Refused;
         if let Some(share) = process.share {
-            share.release_slot(process.slot, process.pid);
+            share.release_slot(process.slot, process.pid, [process.sites.chunks, process.rows.chunks]);
         }
     }
 }
@@ -134,7 +136,7 @@ impl Process {
         // SAFETY: a plain system call; the server's own variable is not set yet this early.
         self.pid = unsafe { libc::getpid() };
         self.now = now();
-        self.ledger.forget_parents();
+        self.ledger.begin();
         self.ledger.seed(self.pid as u64 ^ (self.now as u64) << 20);
         self.walk.forget_parents(self.now, &mut self.aside);
         self.sites = Cursor::default();
@@ -226,8 +228,8 @@ impl Process {
         let wanted = slot.resets_wanted.load(Acquire);
         self.ledger.clear();
         self.walk.forget(self.now, &mut self.aside);
-        share.sites.release(self.slot, Site::close);
-        share.rows.release(self.slot, Row::close);
+        share.sites.release(self.slot, self.sites.chunks, Site::close);
+        share.rows.release(self.slot, self.rows.chunks, Row::close);
         self.sites = Cursor::default();
         self.rows = Cursor::default();
         slot.open(slot.backend_type.load(Relaxed));
