@@ -20,7 +20,7 @@ const SAVINGS: u32 = 512;
 /// Recorded allocations between two judgements.
 const WINDOW: u32 = 64;
 /// What comes and goes is sampled this many powers of two more sparsely.
-const SETTLED: u32 = 4;
+pub const SETTLED: u32 = 4;
 
 #[derive(Clone, Copy)]
 struct Cell {

@@ -89,8 +89,8 @@ pub struct Ledger {
     records: Index,
     contexts: Table<Context>,
     sites: Table<SiteKey>,
-    rates: Rates,
     pub cells: Cells,
+    rates: Rates,
     pending: Pending,
     pub filter: Filter,
 }
@@ -161,6 +161,13 @@ impl Ledger {
             Precision::None { ask: true } | Precision::Exact => self.cells.all(),
             Precision::Sampled(rate) => self.cells.sampled(rate),
             Precision::SampledAtOnce(rate) => self.cells.sampled_at_once(rate, &mut self.rates, &mut self.rng),
+        }
+    }
+
+    /// These rates will be asked for by forked children, who then have them already.
+    pub fn prepare_rates(&mut self, rates: [Rate; 3]) {
+        for rate in rates {
+            self.rates.level(rate);
         }
     }
 

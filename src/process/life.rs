@@ -8,17 +8,18 @@ use pgrx::pg_sys;
 use super::{ASIDE, Full, Process, SITES_PART, State, backend_type, current, now};
 use crate::hook;
 use crate::ledger::account::Site;
-use crate::ledger::{Due, Precision};
+use crate::ledger::{Due, Precision, cells};
 use crate::pg_compat;
 use crate::settings::{self, Mode};
 use crate::share::Share;
 use crate::share::pool::{CHUNK, Cursor};
 use crate::share::row::Row;
+use crate::share::slot::POSTMASTER;
 use crate::stack::Trace;
 use crate::verdict::proportion::Held;
 
 /// What a backend's first message allocates is sampled this many powers of two more sparsely: it fills caches.
-const FIRST: u32 = 2;
+const FIRST: u32 = 4;
 
 /// Milliseconds of processor time within which a busy process notices what `rheap_track` wishes.
 const WISH: i32 = 500;
@@ -180,6 +181,9 @@ impl Process {
             hook::tick::every(ticks as u64);
         }
         let rate = followed.sample_bytes as u64;
+        if kind == POSTMASTER {
+            self.ledger.prepare_rates([rate, rate << FIRST, rate << cells::SETTLED]);
+        }
         let precision = match () {
             _ if self.checking => Precision::Exact,
             _ if followed.mode == Mode::Off as u32 => {
