@@ -264,13 +264,21 @@ impl Ledger {
         stamp: Stamp,
         sites: &impl Sites,
     ) {
+        // Looked for once: a stretch that is not known yet costs two lines of memory that nothing else needs.
+        let mut stretch = self.records.stretch(address);
         if self.filter.may_have(address) {
-            self.free_record(address, sites);
+            let old = self.records.find_in(stretch, address);
+            if old != 0 {
+                self.end(old, sites);
+                self.ended += 1;
+                stretch = self.records.stretch(address);
+            }
         }
-        let mut id = self.insert(address, size, context, site, level, stamp);
+        let mut id = self.insert(address, size, context, site, level, stamp, stretch);
         if id == 0 {
             self.thin(sites);
-            id = self.insert(address, size, context, site, level, stamp);
+            stretch = self.records.stretch(address);
+            id = self.insert(address, size, context, site, level, stamp, stretch);
         }
         let weight = self.rates.weight(size, level);
         let alloc_weight = if self.precision == Precision::Exact { ONE } else { weight };
@@ -289,7 +297,16 @@ impl Ledger {
         account.record(size, alloc_weight, weight, stamp);
     }
 
-    fn insert(&mut self, address: u64, size: u64, context: u32, site: u32, level: u8, stamp: Stamp) -> u32 {
+    fn insert(
+        &mut self,
+        address: u64,
+        size: u64,
+        context: u32,
+        site: u32,
+        level: u8,
+        stamp: Stamp,
+        stretch: u32,
+    ) -> u32 {
         let head = self.contexts.get(context).head;
         let record = Record {
             address,
@@ -301,7 +318,7 @@ impl Ledger {
             next: head,
             chain: 0,
         };
-        let id = self.records.insert(record, &mut self.budget);
+        let id = self.records.insert(record, stretch, &mut self.budget);
         if id != 0 {
             if head != 0 {
                 self.records.get_mut(head).previous = id;
