@@ -150,6 +150,13 @@ pub fn in_transaction_block() -> bool {
     unsafe { IsTransactionBlock() }
 }
 
+/// This process is on its way out.
+#[inline(always)]
+pub fn is_exiting() -> bool {
+    // SAFETY: a plain read of the server's global.
+    unsafe { pg_sys::proc_exit_inprogress }
+}
+
 /// Where the id of the statement at hand is to be read before the process has a status entry.
 pub static NO_QUERY_ID: i64 = 0;
 

@@ -9,6 +9,8 @@ step="benchmark"
 need_build_packages
 need_packages "counting instructions, building PostgreSQL 17, comparing" \
     valgrind heaptrack bison flex perl zlib1g-dev patch bzip2 xz-utils python3
+# A row more, which says so where it cannot be had.
+(need_packages "comparing with a probe" bpftrace) || true
 need_cargo
 pg15=${RHEAP_PG15:-/usr/lib/postgresql/15/bin/pg_config}
 leaks=$(pg_test/servers/build.sh leaks)/bin/pg_config

@@ -73,15 +73,22 @@ impl Ledger {
         self.empty();
     }
 
-    /// Forgets what a process has from its parent. Marks in the filter stay if they are few: they do no harm, and most
-    /// of its memory is not the child's own yet and should not become so.
-    pub fn forget_parents(&mut self) {
+    /// Forgets the tables that a process has from its parent, whose memory it does not have: to be called before
+    /// anything else after a fork. Marks in the filter stay if they are few: they do no harm, and most of its memory is
+    /// not the child's own yet and should not become so.
+    pub fn abandon(&mut self) {
         if self.records.count() > filter::PLACES / 64 {
             self.filter.clear();
         }
         self.records.abandon(&mut self.budget);
         self.contexts.abandon(&mut self.budget);
         self.sites.abandon(&mut self.budget);
+        self.budget.abandon();
+    }
+
+    /// Begins a process's own books.
+    pub fn begin(&mut self) {
+        self.abandon();
         self.empty();
     }
 
@@ -89,6 +96,7 @@ impl Ledger {
         self.records.clear(&mut self.budget);
         self.contexts.clear(&mut self.budget);
         self.sites.clear(&mut self.budget);
+        self.budget.release();
         self.pending.clear();
         self.last_context = 0;
         self.context_changes = self.context_changes.wrapping_add(1);

@@ -20,7 +20,7 @@ const SAVINGS: u32 = 512;
 /// Recorded allocations between two judgements.
 const WINDOW: u32 = 64;
 /// What comes and goes is sampled this many powers of two more sparsely.
-const SETTLED: u32 = 4;
+pub const SETTLED: u32 = 4;
 
 #[derive(Clone, Copy)]
 struct Cell {
@@ -45,11 +45,8 @@ impl Cell {
 
 const NEW: Cell = Cell { recorded: 0, paired: 0, kept: 0, epoch: 0, level: 0 };
 
+#[repr(C)]
 pub struct Cells {
-    /// Bytes that each cell may still allocate before it is asked; at or below 0 it is asked. The hook's entry
-    /// counts them down by itself.
-    pub gaps: [i64; CELLS],
-    cells: [Cell; CELLS],
     /// No cell has been asked anything yet.
     fresh: bool,
     /// Exact records that may still be made.
@@ -60,6 +57,10 @@ pub struct Cells {
     rate: Rate,
     /// No cell is followed more densely than this: the memory is used up.
     floor: Rate,
+    /// Bytes that each cell may still allocate before it is asked; at or below 0 it is asked. The hook's entry
+    /// counts them down by itself.
+    pub gaps: [i64; CELLS],
+    cells: [Cell; CELLS],
 }
 
 impl Cells {

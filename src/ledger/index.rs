@@ -82,7 +82,7 @@ impl Index {
 
     /// Id of the stretch of an address, or 0 if it has no records.
     #[inline]
-    fn stretch(&self, address: u64) -> u32 {
+    pub fn stretch(&self, address: u64) -> u32 {
         if self.last != 0 && self.stretches.get(self.last).number == number(address) {
             return self.last;
         }
@@ -92,7 +92,12 @@ impl Index {
     /// Id of the record of a chunk, or 0.
     #[inline]
     pub fn find(&self, address: u64) -> u32 {
-        let stretch = self.stretch(address);
+        self.find_in(self.stretch(address), address)
+    }
+
+    /// The same where the stretch is known.
+    #[inline]
+    pub fn find_in(&self, stretch: u32, address: u64) -> u32 {
         if stretch == 0 {
             return 0;
         }
@@ -107,9 +112,9 @@ impl Index {
         0
     }
 
-    /// Adds a record and returns its id, or 0 when the budget is exhausted.
+    /// Adds a record, whose stretch is known, and returns its id, or 0 when the budget is exhausted.
     #[inline]
-    pub fn insert(&mut self, mut record: Record, budget: &mut Budget) -> u32 {
+    pub fn insert(&mut self, mut record: Record, stretch: u32, budget: &mut Budget) -> u32 {
         let id = if self.free != 0 {
             self.free
         } else {
@@ -119,7 +124,6 @@ impl Index {
             }
             id
         };
-        let stretch = self.stretch(record.address);
         if stretch != 0 {
             let head = &mut self.stretches.get_mut(stretch).head;
             record.chain = *head;

@@ -16,6 +16,7 @@ mod index;
 mod pending;
 pub mod region;
 pub mod sampling;
+mod series;
 mod short_lived;
 pub mod table;
 
@@ -63,19 +64,12 @@ pub enum Precision {
     SampledAtOnce(Rate),
 }
 
+/// In this order, and begun by what every process writes, so that a short life touches few pages.
+#[repr(C)]
 pub struct Ledger {
-    budget: Budget,
-    records: Index,
-    contexts: Table<Context>,
-    sites: Table<SiteKey>,
-    pub cells: Cells,
-    pub filter: Filter,
-    pending: Pending,
     precision: Precision,
     /// Exact, and within the memory.
     quick: bool,
-    rates: Rates,
-    rng: Rng,
     /// In exact mode past the memory: level of new records, and bytes until the next.
     level: u8,
     gap: i64,
@@ -92,6 +86,15 @@ pub struct Ledger {
     pub epoch: u32,
     /// Grows whenever a context's id or path ceases to hold.
     context_changes: u32,
+    rng: Rng,
+    budget: Budget,
+    records: Index,
+    contexts: Table<Context>,
+    sites: Table<SiteKey>,
+    pub cells: Cells,
+    rates: Rates,
+    pending: Pending,
+    pub filter: Filter,
 }
 
 impl Ledger {
@@ -161,6 +164,13 @@ impl Ledger {
             Precision::None { ask: true } | Precision::Exact => self.cells.all(),
             Precision::Sampled(rate) => self.cells.sampled(rate),
             Precision::SampledAtOnce(rate) => self.cells.sampled_at_once(rate, &mut self.rates, &mut self.rng),
+        }
+    }
+
+    /// These rates will be asked for by forked children, who then have them already.
+    pub fn prepare_rates(&mut self, rates: [Rate; 3]) {
+        for rate in rates {
+            self.rates.level(rate);
         }
     }
 
@@ -257,13 +267,21 @@ impl Ledger {
         stamp: Stamp,
         sites: &impl Sites,
     ) {
+        // Looked for once: a stretch that is not known yet costs two lines of memory that nothing else needs.
+        let mut stretch = self.records.stretch(address);
         if self.filter.may_have(address) {
-            self.free_record(address, sites);
+            let old = self.records.find_in(stretch, address);
+            if old != 0 {
+                self.end(old, sites);
+                self.ended += 1;
+                stretch = self.records.stretch(address);
+            }
         }
-        let mut id = self.insert(address, size, context, site, level, stamp);
+        let mut id = self.insert(address, size, context, site, level, stamp, stretch);
         if id == 0 {
             self.thin(sites);
-            id = self.insert(address, size, context, site, level, stamp);
+            stretch = self.records.stretch(address);
+            id = self.insert(address, size, context, site, level, stamp, stretch);
         }
         let weight = self.rates.weight(size, level);
         let alloc_weight = if self.precision == Precision::Exact { ONE } else { weight };
@@ -282,7 +300,16 @@ impl Ledger {
         account.record(size, alloc_weight, weight, stamp);
     }
 
-    fn insert(&mut self, address: u64, size: u64, context: u32, site: u32, level: u8, stamp: Stamp) -> u32 {
+    fn insert(
+        &mut self,
+        address: u64,
+        size: u64,
+        context: u32,
+        site: u32,
+        level: u8,
+        stamp: Stamp,
+        stretch: u32,
+    ) -> u32 {
         let head = self.contexts.get(context).head;
         let record = Record {
             address,
@@ -294,7 +321,7 @@ impl Ledger {
             next: head,
             chain: 0,
         };
-        let id = self.records.insert(record, &mut self.budget);
+        let id = self.records.insert(record, stretch, &mut self.budget);
         if id != 0 {
             if head != 0 {
                 self.records.get_mut(head).previous = id;

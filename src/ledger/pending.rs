@@ -134,6 +134,9 @@ impl Pending {
         if !self.is_empty() {
             self.addresses.fill(0);
         }
-        (self.put, self.taken, self.looked) = (0, 0, 0);
+        // A new process has no page of its own for it yet, and seldom needs one.
+        if self.put != 0 {
+            (self.put, self.taken, self.looked) = (0, 0, 0);
+        }
     }
 }

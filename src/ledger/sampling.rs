@@ -4,6 +4,8 @@
 //! p = 1 - exp(-s/R), and its record stands for 1/p allocations and s/p bytes. Weights are 48.16 fixed point, so
 //! that what was added is subtracted to the bit.
 
+use super::series;
+
 /// One allocation, in the fixed point of the accounts.
 pub const ONE: u64 = 1 << 16;
 
@@ -12,13 +14,13 @@ pub type Rate = u64;
 
 /// The chance that an allocation of `size` bytes gets a record at this rate.
 pub fn probability(size: u64, rate: Rate) -> f64 {
-    if rate == 0 { 1.0 } else { -(-(size.max(1) as f64) / rate as f64).exp_m1() }
+    if rate == 0 { 1.0 } else { series::one_less_exp(size.max(1) as f64 / rate as f64) }
 }
 
 /// How many allocations a record of this size and rate stands for, in units of 1/[`ONE`].
 #[inline]
 pub fn weight(size: u64, rate: Rate) -> u64 {
-    if rate == 0 { ONE } else { (ONE as f64 / probability(size, rate)).round() as u64 }
+    if rate == 0 { ONE } else { (ONE as f64 / probability(size, rate) + 0.5) as u64 }
 }
 
 /// A small generator (xorshift64*): sampling needs speed and no secrets.
@@ -43,35 +45,40 @@ impl Rng {
 }
 
 /// At most this many distinct rates in the life of a process; one beyond it becomes the last of them.
-const LEVELS: usize = 200;
+const LEVELS: usize = 160;
 
 /// The rates that records were made with. A record keeps an index only, so that what was added with a rate is
 /// subtracted with the same.
 pub struct Rates {
-    rates: [Rate; LEVELS],
-    /// What turns ln u into a gap.
-    factors: [f64; LEVELS],
     count: usize,
+    levels: [Level; LEVELS],
+}
+
+#[derive(Clone, Copy)]
+struct Level {
+    rate: Rate,
+    /// What turns ln u into a gap.
+    factor: f64,
 }
 
 impl Rates {
     /// Level 0 is exact.
     pub const fn new() -> Self {
-        Rates { rates: [0; LEVELS], factors: [0.0; LEVELS], count: 1 }
+        Rates { count: 1, levels: [Level { rate: 0, factor: 0.0 }; LEVELS] }
     }
 
     #[inline]
     pub fn rate(&self, level: u8) -> Rate {
-        self.rates[level as usize]
+        self.levels[level as usize].rate
     }
 
     pub fn level(&mut self, rate: Rate) -> u8 {
-        if let Some(level) = self.rates[..self.count].iter().position(|&r| r == rate) {
+        if let Some(level) = self.levels[..self.count].iter().position(|l| l.rate == rate) {
             return level as u8;
         }
         if self.count < LEVELS {
-            self.rates[self.count] = rate;
-            self.factors[self.count] = if rate > 1 { 1.0 / (-1.0 / rate as f64).ln_1p() } else { 0.0 };
+            let factor = if rate > 1 { 1.0 / series::ln_one_less(1.0 / rate as f64) } else { 0.0 };
+            self.levels[self.count] = Level { rate, factor };
             self.count += 1;
         }
         (self.count - 1) as u8
@@ -79,13 +86,13 @@ impl Rates {
 
     /// Bytes until the next sample: geometric with the level's rate as its mean.
     pub fn gap(&self, level: u8, rng: &mut Rng) -> i64 {
-        let gap = (rng.unit().ln() * self.factors[level as usize]).floor() + 1.0;
-        gap.min(i64::MAX as f64 / 4.0) as i64
+        let gap = series::ln(rng.unit()) * self.levels[level as usize].factor;
+        gap.min(i64::MAX as f64 / 4.0) as i64 + 1
     }
 
     /// How many allocations a record of this size and level stands for, in units of 1/[`ONE`].
     #[inline]
     pub fn weight(&self, size: u64, level: u8) -> u64 {
-        if level == 0 { ONE } else { weight(size, self.rates[level as usize]) }
+        if level == 0 { ONE } else { weight(size, self.rate(level)) }
     }
 }

@@ -31,7 +31,8 @@ pub struct Table<E> {
     live: u32,
 }
 
-const FIRST_BUCKETS: usize = 1024;
+/// Few, since most processes fill few tables with much: a split for each entry more is soon made.
+const FIRST_BUCKETS: usize = 128;
 
 #[inline]
 pub fn mix(key: u64) -> usize {

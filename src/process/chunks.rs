@@ -54,6 +54,11 @@ impl Process {
         pending: bool,
     ) {
         let Some(share) = self.share else { return };
+        if pg_compat::is_exiting() {
+            // Nobody can look at it any more.
+            self.passed += 1;
+            return;
+        }
         let mut id = self.ledger.context(context as u64);
         if id == 0 {
             // SAFETY: inside a palloc of this live context.

@@ -24,13 +24,18 @@ impl Process {
             return;
         }
         let least = settings::min_leak_bytes().max(1);
-        let remarkable = |site: &Site| site.held().live_bytes >= least && !is_cache(&share, site);
+        let remarkable = |site: &Site| site.held().live_bytes >= least && !is_hearsay(site) && !is_cache(&share, site);
         let mut any = false;
         self.ledger.each_site(|id| any |= remarkable(&share.sites.rows[id as usize]));
         if any && let Some(ending) = share.ending_of(self.slot, self.pid, How::Exit, precisely_now(), remarkable) {
             share.endings.push(&ending);
         }
     }
+}
+
+/// Whether all that is known of a call site is one sample that stands for many allocations.
+fn is_hearsay(site: &Site) -> bool {
+    site.live_count() > 1 && site.copy().is_some_and(|copy| copy.ages.iter().map(|age| age.records).sum::<u32>() == 1)
 }
 
 /// Whether what a call site holds may be one of the server's caches.

@@ -8,17 +8,18 @@ use pgrx::pg_sys;
 use super::{ASIDE, Full, Process, SITES_PART, State, backend_type, current, now};
 use crate::hook;
 use crate::ledger::account::Site;
-use crate::ledger::{Due, Precision};
+use crate::ledger::{Due, Precision, cells};
 use crate::pg_compat;
 use crate::settings::{self, Mode};
 use crate::share::Share;
 use crate::share::pool::{CHUNK, Cursor};
 use crate::share::row::Row;
+use crate::share::slot::POSTMASTER;
 use crate::stack::Trace;
 use crate::verdict::proportion::Held;
 
 /// What a backend's first message allocates is sampled this many powers of two more sparsely: it fills caches.
-const FIRST: u32 = 2;
+const FIRST: u32 = 4;
 
 /// Milliseconds of processor time within which a busy process notices what `rheap_track` wishes.
 const WISH: i32 = 500;
@@ -87,6 +88,8 @@ unsafe extern "C" fn forked_in_child() {
     process.state = State::Detached;
     process.quick = false;
     process.ticks = 0;
+    // A free may ask the ledger before this process's own books begin.
+    process.ledger.abandon();
     if process.has_messages {
         process.stacks.forget();
     }
@@ -98,14 +101,14 @@ unsafe extern "C" fn forked_in_child() {
 }
 
 extern "C" fn exiting() {
-    // SAFETY: the process's last moments; nothing else runs.
-    let process = unsafe { current() };
-    if process.own_slot.is_some() && std::process::id() as i32 == process.pid {
+    // SAFETY: the process's last moments; nothing else runs. A plain system call.
+    let (process, pid) = unsafe { (current(), libc::getpid()) };
+    if process.own_slot.is_some() && pid == process.pid {
         process.keep_what_is_held();
         process.own_slot = None;
         process.state = State::Refused;
         if let Some(share) = process.share {
-            share.release_slot(process.slot, process.pid);
+            share.release_slot(process.slot, process.pid, [process.sites.chunks, process.rows.chunks]);
         }
     }
 }
@@ -134,7 +137,7 @@ impl Process {
         // SAFETY: a plain system call; the server's own variable is not set yet this early.
         self.pid = unsafe { libc::getpid() };
         self.now = now();
-        self.ledger.forget_parents();
+        self.ledger.begin();
         self.ledger.seed(self.pid as u64 ^ (self.now as u64) << 20);
         self.walk.forget_parents(self.now, &mut self.aside);
         self.sites = Cursor::default();
@@ -179,6 +182,9 @@ impl Process {
             hook::tick::every(ticks as u64);
         }
         let rate = followed.sample_bytes as u64;
+        if kind == POSTMASTER {
+            self.ledger.prepare_rates([rate, rate << FIRST, rate << cells::SETTLED]);
+        }
         let precision = match () {
             _ if self.checking => Precision::Exact,
             _ if followed.mode == Mode::Off as u32 => {
@@ -227,8 +233,8 @@ impl Process {
         let wanted = slot.resets_wanted.load(Acquire);
         self.ledger.clear();
         self.walk.forget(self.now, &mut self.aside);
-        share.sites.release(self.slot, Site::close);
-        share.rows.release(self.slot, Row::close);
+        share.sites.release(self.slot, self.sites.chunks, Site::close);
+        share.rows.release(self.slot, self.rows.chunks, Row::close);
         self.sites = Cursor::default();
         self.rows = Cursor::default();
         slot.open(slot.backend_type.load(Relaxed));

@@ -61,7 +61,12 @@ enum Full {
     Sites,
 }
 
+/// In this order, so that what every process writes lies together: the end of what comes before `share`, what follows
+/// it, and the beginning of the ledger.
+#[repr(C, align(4096))]
 pub struct Process {
+    unwinder: Unwinder,
+    pub stacks: Stacks,
     pub share: Option<Share>,
     state: State,
     /// Ready, and all allocations are recorded: the commonest cases take a shorter way.
@@ -72,11 +77,8 @@ pub struct Process {
     query_id: *const i64,
     pub slot: u32,
     pid: i32,
-    pub ledger: Ledger,
     /// For the tables beside the ledger.
     pub aside: Budget,
-    unwinder: Unwinder,
-    pub stacks: Stacks,
     pub sites: Cursor,
     pub rows: Cursor,
     pub walk: Walk,
@@ -114,6 +116,7 @@ pub struct Process {
     full: Option<Full>,
     /// SQL functions have answered since the last message.
     has_answered: bool,
+    pub ledger: Ledger,
 }
 
 #[repr(transparent)]
@@ -130,7 +133,7 @@ pub static PROCESS: Global = Global(UnsafeCell::new(Process {
     slot: 0,
     pid: 0,
     ledger: Ledger::new(32 << 20, 0),
-    aside: Budget::new(ASIDE / 2),
+    aside: Budget::inherited(ASIDE / 2),
     unwinder: Unwinder::new(),
     stacks: Stacks::new(),
     sites: Cursor { next: 0, end: 0, chunks: 0, most: 0 },

@@ -208,9 +208,9 @@ impl Share {
                 // What a predecessor left that never said goodbye.
                 if expected != 0 {
                     self.bury(index as u32, expected, crate::process::precisely_now(), self.endings.last_kill());
+                    self.sites.release(index as u32, usize::MAX, Site::close);
+                    self.rows.release(index as u32, usize::MAX, Row::close);
                 }
-                self.sites.release(index as u32, Site::close);
-                self.rows.release(index as u32, Row::close);
                 slot.open(backend_type);
                 slot.begin(crate::process::precisely_now());
                 // A wish was for the process that was here before.
@@ -227,12 +227,13 @@ impl Share {
             .or_else(|| order().filter(|&i| !slot::alive(owner(i))).find_map(|i| take(i, owner(i))))
     }
 
-    /// Gives a slot back with all that belongs to it, if `pid` owns it.
-    pub fn release_slot(&self, index: u32, pid: i32) {
+    /// Gives a slot back with all that belongs to it, no more than so many chunks of accounts and of rows, if `pid` owns
+    /// it.
+    pub fn release_slot(&self, index: u32, pid: i32, chunks: [usize; 2]) {
         let slot = &self.slots[index as usize];
         if slot.pid.load(Acquire) == pid {
-            self.sites.release(index, Site::close);
-            self.rows.release(index, Row::close);
+            self.sites.release(index, chunks[0], Site::close);
+            self.rows.release(index, chunks[1], Row::close);
             slot.pid.store(0, Release);
         }
     }
@@ -243,7 +244,7 @@ impl Share {
         for (index, slot) in self.slots.iter().enumerate() {
             let pid = slot.pid.load(Acquire);
             if index as u32 != own && pid != 0 && !slot::alive(pid) {
-                self.release_slot(index as u32, pid);
+                self.release_slot(index as u32, pid, [usize::MAX; 2]);
             }
         }
     }
@@ -343,7 +344,7 @@ mod tests {
         let rows: Vec<u32> = std::iter::from_fn(|| cursor.take(&share.sites, 1)).collect();
         assert_eq!(rows.len(), 2 * CHUNK);
         assert_eq!(share.sites.owned(1).count(), 2);
-        share.sites.release(1, Site::close);
+        share.sites.release(1, 2, Site::close);
         assert!(share.sites.claim(2).is_some());
     }
 

@@ -22,17 +22,21 @@ impl<T> Copy for Pool<T> {}
 impl<T> Pool<T> {
     /// Takes a free chunk for a slot and returns its number. None when every chunk has an owner.
     pub fn claim(&self, slot: u32) -> Option<usize> {
-        // Slots start their search at different places, so that they seldom meet.
-        let start = slot as usize * 7;
-        (0..self.owners.len()).map(|i| (start + i) % self.owners.len()).find(|&chunk| {
+        self.order(slot).find(|&chunk| {
             self.owners[chunk].load(Relaxed) == 0
                 && self.owners[chunk].compare_exchange(0, slot + 1, AcqRel, Relaxed).is_ok()
         })
     }
 
-    /// Numbers of the chunks that a slot owns.
+    /// Numbers of the chunks that a slot owns, in the order in which they are found free.
     pub fn owned(&self, slot: u32) -> impl Iterator<Item = usize> + '_ {
-        (0..self.owners.len()).filter(move |&chunk| self.owners[chunk].load(Acquire) == slot + 1)
+        self.order(slot).filter(move |&chunk| self.owners[chunk].load(Acquire) == slot + 1)
+    }
+
+    /// Slots start their search at different places, so that they seldom meet.
+    fn order(&self, slot: u32) -> impl Iterator<Item = usize> + '_ {
+        let start = slot as usize * 7;
+        (0..self.owners.len()).map(move |i| (start + i) % self.owners.len())
     }
 
     /// The rows of a chunk, with their ids.
@@ -40,9 +44,10 @@ impl<T> Pool<T> {
         (chunk * CHUNK..(chunk + 1) * CHUNK).map(|id| (id as u32, &self.rows[id]))
     }
 
-    /// Gives back all chunks of a slot, each after `close` has been called with its rows.
-    pub fn release(&self, slot: u32, close: impl Fn(&T)) {
-        for chunk in self.owned(slot) {
+    /// Gives back the chunks of a slot, of which there are no more than `most`, each after `close` has been called with
+    /// its rows. The search for more would cost a process that has few as much as all else that it does at its end.
+    pub fn release(&self, slot: u32, most: usize, close: impl Fn(&T)) {
+        for chunk in self.owned(slot).take(most) {
             self.rows_of(chunk).for_each(|(_, row)| close(row));
             self.owners[chunk].store(0, Release);
         }
@@ -72,10 +77,14 @@ impl Cursor {
             if self.is_at_its_most() {
                 return None;
             }
-            let chunk = pool.claim(slot)?;
+            // Before it is taken, so that none is forgotten whatever comes in between.
+            self.chunks += 1;
+            let Some(chunk) = pool.claim(slot) else {
+                self.chunks -= 1;
+                return None;
+            };
             self.next = (chunk * CHUNK) as u32;
             self.end = self.next + CHUNK as u32;
-            self.chunks += 1;
         }
         self.next += 1;
         Some(self.next - 1)

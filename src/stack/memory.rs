@@ -41,6 +41,7 @@ pub struct Remembered {
     expected: [u64; PLACES],
 }
 
+#[repr(C)]
 pub struct Memory {
     entries: [Remembered; ENTRIES],
     /// Tells which of four is given away next, and when one moves up.

@@ -48,6 +48,7 @@ impl Entry for Known {
 }
 
 /// The stacks that this process has met. Valid in its children too, which have the same modules at the same places.
+#[repr(C)]
 pub struct Stacks {
     pub callers: Callers,
     memory: Memory,
