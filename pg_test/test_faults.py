@@ -272,6 +272,28 @@ def test_a_process_without_memory_gets_errors_and_goes_on(cluster, session):
     consistent(cluster)
 
 
+def test_a_session_that_starts_without_memory_dies_alone(slow_server):
+    """A FATAL error: the server frees what belongs to its report, so that has to be the server's own."""
+    with Cluster(slow_server, rheap__mode="exact") as cluster:
+        session = cluster.session()
+        session("CREATE TABLE kept AS SELECT 17 AS a")
+        size = int(open(f"/proc/{cluster.postmaster}/status").read().split("VmSize:")[1].split()[0]) * 1024
+        died = 0
+        for kilobytes in range(0, 6000, 100):
+            run("prlimit", f"--pid={cluster.postmaster}", f"--as={size + (kilobytes << 10)}:")
+            try:
+                cluster.sql("SELECT 1")
+            except SqlError:
+                died += 1
+        run("prlimit", f"--pid={cluster.postmaster}", "--as=unlimited:")
+        assert died >= 5
+        log = cluster.log_text()
+        assert re.search("FATAL: .*out of memory", log)
+        assert "terminated by signal" not in log and "invalid pointer" not in log, log[-3000:]
+        assert session("SELECT a FROM kept") == "17"
+        consistent(cluster)
+
+
 def test_recursion_without_end_is_an_error_and_no_more(cluster, session):
     session("CREATE OR REPLACE FUNCTION endless(n int) RETURNS int LANGUAGE plpgsql AS 'BEGIN RETURN endless(n + 1); END'")
     for _ in range(3):

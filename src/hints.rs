@@ -2,7 +2,7 @@
 //! error has no hint; a process without memory says how much it wanted, not who has it. And when the postmaster logs,
 //! it may be that it has just found a process killed.
 
-use core::ffi::CStr;
+use core::ffi::{CStr, c_int, c_void};
 use pgrx::prelude::*;
 use pgrx::{PgSqlErrorCode, pg_sys};
 
@@ -30,7 +30,7 @@ unsafe extern "C-unwind" fn reported(report: *mut pg_sys::ErrorData) {
             && !(*report).message.is_null()
             && let Some(hint) = hint(CStr::from_ptr((*report).message))
         {
-            (*report).hint = pg_sys::MemoryContextStrdup((*report).assoc_context, hint.as_ptr());
+            (*report).hint = copy((*report).assoc_context, hint);
         }
         if (*report).sqlerrcode == PgSqlErrorCode::ERRCODE_OUT_OF_MEMORY as i32
             && (*report).elevel >= pgrx::PgLogLevel::ERROR as i32
@@ -40,7 +40,7 @@ unsafe extern "C-unwind" fn reported(report: *mut pg_sys::ErrorData) {
             // For the log alone, where it takes the place of the detail, which it repeats.
             let detail = if (*report).detail.is_null() { c"" } else { CStr::from_ptr((*report).detail) };
             if let Some(block) = process::top_call_sites(detail) {
-                (*report).detail_log = block.as_ptr().cast_mut();
+                (*report).detail_log = copy((*report).assoc_context, block);
             }
         }
         if pg_sys::PostmasterPid == libc::getpid() && !(*report).message_id.is_null() {
@@ -51,6 +51,27 @@ unsafe extern "C-unwind" fn reported(report: *mut pg_sys::ErrorData) {
             let previous: Hook = std::mem::transmute(previous);
             previous(report);
         }
+    }
+}
+
+/// A copy that the server may free, as it does after a FATAL; NULL when there is no memory for it, which must not become
+/// an error of its own.
+///
+/// # Safety
+/// A live context.
+unsafe fn copy(context: pg_sys::MemoryContext, text: &CStr) -> *mut core::ffi::c_char {
+    // Declared here: the bindings' wrapper would make a panic of an error, and needs memory for that.
+    unsafe extern "C-unwind" {
+        fn MemoryContextAllocExtended(context: pg_sys::MemoryContext, size: usize, flags: c_int) -> *mut c_void;
+    }
+    let bytes = text.to_bytes_with_nul();
+    // SAFETY: the caller's promise; the new chunk has room for the text.
+    unsafe {
+        let new = MemoryContextAllocExtended(context, bytes.len(), pg_sys::MCXT_ALLOC_NO_OOM as c_int);
+        if !new.is_null() {
+            std::ptr::copy_nonoverlapping(bytes.as_ptr(), new.cast(), bytes.len());
+        }
+        new.cast()
     }
 }
 

@@ -425,7 +425,7 @@ mod dispatch {
                     // SAFETY: the server calls with a chunk of this allocator. Whether anybody follows it, the
                     // ledger knows.
                     unsafe {
-                        if process::follows(chunk as u64) && !process::freed_at_once(chunk as u64) {
+                        if !process::freed_at_once(chunk as u64) && process::follows(chunk as u64) {
                             process::freed(chunk as u64);
                         }
                         let original: Free = tables::original($kind).free_p.unwrap_unchecked();

@@ -3,6 +3,8 @@
 use std::cell::UnsafeCell;
 use std::ptr;
 
+use pgrx::pg_sys;
+
 use crate::pg_compat::{DISPATCH_BY_CHUNK, Free, KIND_COUNT, MemoryContext, Methods, kind_of};
 
 /// A table that contexts point at, and behind it what the server had there: an entry finds its original through
@@ -13,6 +15,11 @@ pub struct Pair {
     active: Methods,
     pub original: Methods,
 }
+
+/// Among the pass tables, the one of MessageContext.
+const BOUNDARY: usize = KIND_COUNT;
+/// And that of ErrorContext.
+const ERRORS: usize = KIND_COUNT + 1;
 
 /// Names of contexts, as the server's pointers to them, that outlived their transient parent before.
 pub const LEARNED: usize = 1024;
@@ -31,8 +38,9 @@ pub struct Tables {
     base: [*mut Methods; KIND_COUNT],
     /// What the base tables held before the patch.
     pub original: [Methods; KIND_COUNT],
-    /// The last is for MessageContext: an AllocSet's, but its reset is noticed.
-    pub pass: [Pair; KIND_COUNT + 1],
+    /// Behind those of the allocators that of MessageContext, an AllocSet's whose reset is noticed, and that of
+    /// ErrorContext, which no tick gets into: signal handlers use it, at moments when the tree cannot be walked.
+    pub pass: [Pair; KIND_COUNT + 2],
     watch: [Pair; KIND_COUNT],
     installed: bool,
 }
@@ -107,10 +115,12 @@ pub unsafe fn patch(bases: [*mut Methods; KIND_COUNT], entries: &Entries) -> Res
         }
         tables.watch[kind] = Pair { active: watch, original };
     }
-    tables.pass[KIND_COUNT] = tables.pass[0];
-    tables.pass[KIND_COUNT].active.reset = Some(entries.boundary);
+    tables.pass[BOUNDARY] = tables.pass[0];
+    tables.pass[BOUNDARY].active.reset = Some(entries.boundary);
+    tables.pass[ERRORS] = tables.pass[0];
     tables.pass_span = size_of_val(&tables.pass);
 
+    let before = bases.map(protection_of);
     // All pages first, so that a refusal leaves every table as it was.
     for base in bases {
         protect(base, libc::PROT_READ | libc::PROT_WRITE)?;
@@ -127,8 +137,8 @@ pub unsafe fn patch(bases: [*mut Methods; KIND_COUNT], entries: &Entries) -> Res
             }
         }
     }
-    for base in bases {
-        protect(base, libc::PROT_READ)?;
+    for (base, before) in bases.into_iter().zip(before) {
+        protect(base, before)?;
     }
     tables.installed = true;
     Ok(())
@@ -152,6 +162,15 @@ impl Member for ReallocOf {
 fn realloc_entry(entry: *const ()) -> ReallocMember {
     // SAFETY: a function pointer of the same ABI; see pg_compat on the number of arguments.
     unsafe { std::mem::transmute(entry) }
+}
+
+/// How the page that a table begins on is protected. What is not known for certain becomes a constant's.
+fn protection_of(table: *mut Methods) -> libc::c_int {
+    let maps = std::fs::read_to_string("/proc/self/maps").unwrap_or_default();
+    let mapping = crate::proc_maps::parse(&maps).find(|m| (m.start..m.end).contains(&(table as u64)));
+    let allows = |letter| mapping.as_ref().is_some_and(|m| m.access.contains(letter));
+    let protection = |letter, protection| if allows(letter) { protection } else { 0 };
+    libc::PROT_READ | protection('w', libc::PROT_WRITE) | protection('x', libc::PROT_EXEC)
 }
 
 fn protect(table: *mut Methods, protection: libc::c_int) -> Result<(), String> {
@@ -202,7 +221,7 @@ pub fn record_all(all: bool) {
 /// Puts the tick into the pass tables, or takes it out again.
 fn set_pass_alloc(armed: bool) {
     let tables = TABLES.0.get().cast::<Tables>();
-    for kind in 0..=KIND_COUNT {
+    for kind in 0..ERRORS {
         // SAFETY: `patch` has filled the tables. Each store is one aligned pointer, so that a palloc in progress meets
         // the one or the other; nothing else reads the entry.
         unsafe {
@@ -276,14 +295,16 @@ pub unsafe fn watch(context: MemoryContext) {
 ///
 /// # Safety
 /// A live context.
-pub unsafe fn pass(context: MemoryContext, boundary: bool) {
-    // SAFETY: the caller's promise.
+pub unsafe fn pass(context: MemoryContext) {
+    // SAFETY: the caller's promise; plain reads of the server's globals.
     unsafe {
-        match kind_of(context) {
-            Some(0) if boundary => (*context).methods = &tables().pass[KIND_COUNT].active,
-            Some(kind) => (*context).methods = &tables().pass[kind].active,
-            None => (),
-        }
+        let table = match kind_of(context) {
+            Some(0) if context == pg_sys::MessageContext => BOUNDARY,
+            Some(0) if context == pg_sys::ErrorContext => ERRORS,
+            Some(kind) => kind,
+            None => return,
+        };
+        (*context).methods = &tables().pass[table].active;
     }
 }
 

@@ -97,7 +97,7 @@ pub unsafe fn decide(context: MemoryContext) {
             _ => is_transient(context) && !tables::is_learned((*context).name),
         };
         if transient {
-            tables::pass(context, context == pg_sys::MessageContext);
+            tables::pass(context);
             if context == pg_sys::MessageContext {
                 crate::process::first_message();
             }

@@ -151,14 +151,20 @@ impl Index {
         let record = *self.records.get(id as usize);
         let stretch = self.stretch(record.address);
         debug_assert!(stretch != 0, "a record's stretch is known");
+        if stretch == 0 {
+            return;
+        }
         let head = self.stretches.get(stretch).head;
         if head != id {
             let mut at = head;
-            while self.records.get(at as usize).chain != id {
+            while at != 0 && self.records.get(at as usize).chain != id {
                 at = self.records.get(at as usize).chain;
-                debug_assert!(at != 0, "a record is in the list of its stretch");
             }
-            self.records.get_mut(at as usize).chain = record.chain;
+            debug_assert!(at != 0, "a record is in the list of its stretch");
+            // The end of the list, rather than no end of looking for what is not there.
+            if at != 0 {
+                self.records.get_mut(at as usize).chain = record.chain;
+            }
         } else if record.chain != 0 {
             self.stretches.get_mut(stretch).head = record.chain;
         } else {

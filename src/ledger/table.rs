@@ -125,15 +125,13 @@ impl<E: Entry> Table<E> {
         if at == id {
             *self.buckets.get_mut(bucket) = entry.chain();
         } else {
-            loop {
-                let next = self.entries.get(at as usize).chain();
-                if next == id {
-                    break;
-                }
-                debug_assert!(next != 0, "an entry is always in its bucket");
-                at = next;
+            while at != 0 && self.entries.get(at as usize).chain() != id {
+                at = self.entries.get(at as usize).chain();
             }
-            self.entries.get_mut(at as usize).set_chain(entry.chain());
+            debug_assert!(at != 0, "an entry is always in its bucket");
+            if at != 0 {
+                self.entries.get_mut(at as usize).set_chain(entry.chain());
+            }
         }
         cleared.set_chain(self.free);
         *self.entries.get_mut(id as usize) = cleared;

@@ -119,18 +119,20 @@ impl Process {
     #[inline(never)]
     fn hold_displacing(&mut self, chunk: u64, size: u64, context: u32, site: u32) {
         let stamp = self.stamp();
-        let Some(share) = &self.share else { return };
-        self.ledger.hold_displacing(chunk, size, context, site, stamp, share);
+        let Some(share) = self.share else { return };
+        // A signal handler that comes in between must not meet the tables half-changed.
+        self.enter();
+        self.ledger.hold_displacing(chunk, size, context, site, stamp, &share);
         self.looks = self.looks.wrapping_sub(1);
         if self.looks == 0 || !self.ledger.is_exact() {
-            self.pause();
+            return self.pause();
         }
+        self.leave(State::Ready);
     }
 
     /// Time for a look at the clock in the middle of the short way.
     #[cold]
     fn pause(&mut self) {
-        self.enter();
         if let Some(slot) = self.slot() {
             self.look(slot);
         }
@@ -276,11 +278,12 @@ pub fn freed_at_once(chunk: u64) -> bool {
     }
 }
 
-/// Whether a chunk that is about to be freed is followed.
+/// Whether a chunk that is about to be freed is followed. While a hook is at work the tables cannot be asked.
 #[inline(always)]
 pub fn follows(chunk: u64) -> bool {
     // SAFETY: as for `guarded`: this only reads.
-    unsafe { current() }.ledger.follows(chunk)
+    let process = unsafe { current() };
+    matches!(process.state, State::Ready | State::Alone) && process.ledger.follows(chunk)
 }
 
 /// A followed chunk is about to be freed.

@@ -10,7 +10,7 @@ mod out_of_memory;
 mod statements;
 
 use std::cell::UnsafeCell;
-use std::sync::atomic::{AtomicU64, Ordering::*};
+use std::sync::atomic::{AtomicU64, Ordering::*, compiler_fence};
 
 use pgrx::pg_sys;
 
@@ -213,14 +213,24 @@ impl Process {
 
     #[inline]
     fn enter(&mut self) {
-        self.state = State::Busy;
-        self.quick = false;
+        self.set_state(State::Busy, false);
+        compiler_fence(SeqCst);
     }
 
     #[inline]
     fn leave(&mut self, state: State) {
-        self.state = state;
-        self.quick = state == State::Ready && self.ledger.is_exact();
+        compiler_fence(SeqCst);
+        self.set_state(state, state == State::Ready && self.ledger.is_exact());
+    }
+
+    /// For a signal handler to see, whatever the compiler thinks of who looks.
+    #[inline(always)]
+    fn set_state(&mut self, state: State, quick: bool) {
+        // SAFETY: plain stores into fields of this struct.
+        unsafe {
+            (&raw mut self.state).write_volatile(state);
+            (&raw mut self.quick).write_volatile(quick);
+        }
     }
 
     #[inline]
@@ -237,12 +247,13 @@ impl Process {
         (self.ledger.own_bytes() + self.aside.used + shared + size_of::<Process>()) as u64
     }
 
+    /// What is counted as freed or captured is counted as allocated before: see `Slot::figures`.
     #[inline]
     fn publish(&self, slot: &Slot) {
         let captures = self.ledger.holds() + self.at_once;
         store(&slot.allocations, self.passed + captures);
-        store(&slot.frees, self.ledger.frees());
-        store(&slot.captures, captures);
+        slot.frees.store(self.ledger.frees(), Release);
+        slot.captures.store(captures, Release);
     }
 
     /// Somebody wants the history forgotten, which must come before what is allocated from now on.

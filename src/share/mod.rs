@@ -222,9 +222,11 @@ impl Share {
         let order = || (0..self.slots.len()).map(|i| (start + i) % self.slots.len());
         let owner = |index: usize| self.slots[index].pid.load(Relaxed);
         // Of an earlier process of the same id, which was killed; else a free one; else one of any dead process.
-        let mine = order().filter(|&i| owner(i) == pid).find_map(|i| take(i, pid));
-        mine.or_else(|| order().filter(|&i| owner(i) == 0).find_map(|i| take(i, 0)))
-            .or_else(|| order().filter(|&i| !slot::alive(owner(i))).find_map(|i| take(i, owner(i))))
+        // The owner is looked up once: who was judged is who is replaced.
+        let find = |judge: &dyn Fn(i32) -> bool| {
+            order().map(|i| (i, owner(i))).filter(|&(_, pid)| judge(pid)).find_map(|(i, pid)| take(i, pid))
+        };
+        find(&|owner| owner == pid).or_else(|| find(&|owner| owner == 0)).or_else(|| find(&|owner| !slot::alive(owner)))
     }
 
     /// Gives a slot back with all that belongs to it, no more than so many chunks of accounts and of rows, if `pid` owns

@@ -11,6 +11,7 @@ use crate::share::row::Seen;
 use crate::symbols::helpers::is_helper;
 use crate::symbols::{Frame, Symbols};
 use crate::verdict::{Judgement, Verdict, caches, judge_account};
+use crate::walk::path::DEEPEST;
 
 /// One row of `rheap_leaks` and `rheap_call_sites`, before names.
 pub struct Gathered {
@@ -154,7 +155,11 @@ pub fn multiplied(share: &Share, held: &Held) -> Vec<Group> {
     for copy in held.sites.iter().cloned() {
         let mut outermost = None;
         let mut path = copy.path;
-        while path != 0 {
+        // No path is deeper, unless a dying writer has left one that never ends.
+        for _ in 0..DEEPEST {
+            if path == 0 {
+                break;
+            }
             if let Some(&seen) = many.get(&path)
                 && copy.live_count * UNROLLED >= seen.contexts as u64
             {

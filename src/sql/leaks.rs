@@ -190,8 +190,8 @@ pub struct Namer {
     pub symbols: Symbols,
     suppressions: Vec<Suppression>,
     all_stats: bool,
-    /// What the candidates of one culprit hold, all in all.
-    sizes: HashMap<Culprit, u64>,
+    /// What the candidates of one culprit hold, all in all, and the largest of them.
+    sizes: HashMap<Culprit, (u64, u64)>,
 }
 
 impl Namer {
@@ -205,14 +205,15 @@ impl Namer {
         }
     }
 
-    /// Sums up what rows of one culprit hold, which `named` compares with `rheap.min_leak_bytes`: a leak that many ways
-    /// lead to is one leak.
+    /// Sums up what rows of one culprit hold, which `named` compares with `rheap.min_leak_bytes` where none of them is large
+    /// by itself: a leak that many ways lead to is one leak.
     pub fn weigh(&mut self, rows: &[Gathered]) {
         self.sizes.clear();
         for row in rows.iter().filter(|row| is_candidate(row)) {
             let (frames, at) = row.frames(&mut self.symbols);
             if row.reason_to_grow(&self.share.path_name(row.copy.path), &frames).is_none() {
-                *self.sizes.entry(culprit(row, &frames, at)).or_default() += row.size;
+                let (sum, most) = self.sizes.entry(culprit(row, &frames, at)).or_default();
+                (*sum, *most) = (*sum + row.size, row.size.max(*most));
             }
         }
     }
@@ -241,8 +242,9 @@ impl Namer {
         if let Some(why) = row.reason_to_grow(path, frames) {
             return judgement.cache(&why);
         }
-        let size = self.sizes.get(&culprit(row, frames, at)).copied().unwrap_or(0);
-        if size.max(row.size) < settings::min_leak_bytes() { judgement.small(row.size) } else { judgement }
+        let (sum, most) = self.sizes.get(&culprit(row, frames, at)).copied().unwrap_or_default();
+        let least = settings::min_leak_bytes();
+        if row.size >= least || (most < least && sum >= least) { judgement } else { judgement.small(row.size) }
     }
 
     /// The verdict on what of one process is one row.

@@ -62,6 +62,7 @@ pub fn processes(slots: impl Iterator<Item = &'static Slot>) -> Vec<Process> {
     let process = |slot: &Slot| {
         let pid = slot.pid.load(Acquire);
         let (own_bytes, context_bytes) = (slot.own_bytes.load(Relaxed), slot.context_bytes.load(Relaxed));
+        let (allocations, frees, captures) = slot.figures();
         let resident = Resident::of(pid);
         let walks = slot.walks.load(Acquire);
         Process {
@@ -69,9 +70,9 @@ pub fn processes(slots: impl Iterator<Item = &'static Slot>) -> Vec<Process> {
             backend_type: super::backend_type(slot),
             mode: Mode::name(slot.mode.load(Relaxed)),
             watched_contexts: slot.watched_contexts.load(Relaxed),
-            allocations: slot.allocations.load(Relaxed),
-            frees: slot.frees.load(Relaxed),
-            captures: slot.captures.load(Relaxed),
+            allocations,
+            frees,
+            captures,
             dropped: slot.dropped.load(Relaxed),
             own_bytes,
             context_bytes,
