@@ -2,20 +2,29 @@
 
 use std::sync::atomic::Ordering::*;
 
+use pgrx::pg_sys;
+
 use super::{Process, State, current, guarded, life, now};
 use crate::ledger::Due;
 use crate::share::slot::{POSTMASTER, Slot};
 use crate::stack::Regs;
 use crate::{hook, pg_compat, settings};
 
-/// Recorded allocations between two looks at the clock within a statement.
-const LOOK: u32 = 16;
+/// Recorded allocations between two looks at the clock within a statement, and within a sender's command, which has no
+/// end and uses little processor time.
+const LOOK: u32 = 256;
+const SENDERS_LOOK: u32 = 16;
 
 impl Process {
+    #[inline]
+    fn next_look(&self) -> u32 {
+        if self.kind == pg_sys::BackendType::B_WAL_SENDER { SENDERS_LOOK } else { LOOK }
+    }
+
     /// Looks at the clock, and walks if it is time.
     #[inline(never)]
     pub(super) fn look(&mut self, slot: &Slot) {
-        self.looks = LOOK;
+        self.looks = self.next_look();
         self.now = now();
         if self.must_follow_wish(slot) {
             self.follow_settings();
@@ -79,7 +88,7 @@ impl Process {
         if self.walk.is_due(self.now) {
             self.look(slot);
         }
-        self.looks = LOOK;
+        self.looks = self.next_look();
         self.publish(slot);
     }
 
