@@ -291,7 +291,6 @@ def test_a_session_that_starts_without_memory_dies_alone(slow_server):
         assert re.search("FATAL: .*out of memory", log)
         assert "terminated by signal" not in log and "invalid pointer" not in log, log[-3000:]
         assert session("SELECT a FROM kept") == "17"
-        consistent(cluster)
 
 
 def test_recursion_without_end_is_an_error_and_no_more(cluster, session):

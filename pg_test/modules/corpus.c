@@ -427,14 +427,15 @@ hollow_site(void)
 {
 	MemoryContext context = AllocSetContextCreate(TopMemoryContext, "corpus hollow", ALLOCSET_DEFAULT_SIZES);
 
-	TAKE(context, 16);
+	TAKE(context, 48);
 	KEEPS_FRAME();
 }
 
 SCENARIO(hollow)
 {
-	hollow_site();
-	PG_RETURN_INT64(16);
+	for (int i = 0; i < 5; i++)
+		hollow_site();
+	PG_RETURN_INT64(5 * 48);
 }
 
 /* A row that leaks while a parallel worker runs its part of a query. */

@@ -33,7 +33,9 @@ impl Process {
             self.follow_settings();
             // Where no work has begun since the last walk, as in a long statement and in processes without messages,
             // the time between two walks is the unit.
-            if self.epoch == self.walked_epoch && slot.backend_type.load(Relaxed) != POSTMASTER {
+            // What a process needs to start is of one age, however often it is looked at meanwhile.
+            let starts = slot.has_no_messages() && self.walk.is_starting();
+            if self.epoch == self.walked_epoch && slot.backend_type.load(Relaxed) != POSTMASTER && !starts {
                 self.next_epoch(slot);
             }
             self.walked_epoch = self.epoch;

@@ -71,10 +71,12 @@ impl Gathered {
 
     /// Why all of it may be kept without a leak, as the names on its stack tell.
     pub fn reason_to_grow(&self, path: &str, frames: &[Frame]) -> Option<String> {
-        if self.judgement.of_transaction
-            && let Some(what) = caches::until_transaction_ends(frames)
-        {
-            return Some(format!("kept until the transaction ends: {what}"));
+        if self.judgement.of_transaction {
+            // Resource owners, for one, have no exported names: a stripped server has the benefit of the doubt, for so long.
+            let doubt = || caches::is_nameless(frames).then_some("something of the server's");
+            if let Some(what) = caches::until_transaction_ends(frames).or_else(doubt) {
+                return Some(format!("kept until the transaction ends: {what}"));
+            }
         }
         caches::known(path, frames, self.objects, self.judgement.generations).map(str::to_string)
     }

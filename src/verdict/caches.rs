@@ -21,6 +21,8 @@ const CACHES: &[Known] = &[
             "GetSysCache*",
             "CatalogCacheCreateEntry",
             "CatalogCacheInitializeCache",
+            "InitCatCache",
+            "InitCatalogCache",
             "RehashCatCache*",
         ],
         objects: 65_536,
@@ -132,8 +134,13 @@ pub fn known(path: &str, frames: &[Frame], objects: u64, generations: u32) -> Op
 /// Whether static functions of a stripped server have allocated it, where nobody but the server's caches does: the look-ups
 /// in catalogs call each other in a way that leaves no exported name on the stack.
 fn is_nameless_cache(path: &str, frames: &[Frame]) -> bool {
+    path == PLACES[0] && is_nameless(frames)
+}
+
+/// Whether a function of a stripped server that has no exported name is the culprit.
+pub fn is_nameless(frames: &[Frame]) -> bool {
     let culprit = frames.iter().find(|f| !f.function.as_deref().is_some_and(is_helper));
-    path == PLACES[0] && culprit.is_some_and(|f| f.function.is_none() && f.address.starts_with("postgres+"))
+    culprit.is_some_and(|f| f.function.is_none() && f.address.starts_with("postgres+"))
 }
 
 fn is(function: &str, name: &str) -> bool {

@@ -162,7 +162,7 @@ pub fn judge(e: &Evidence) -> Judgement {
     let kept = e.live_count as f64 / e.alloc_count.max(1) as f64;
     // Three generations of a site that frees nothing are worth as much as a dozen of one that frees most.
     let weight = generations as f64 * kept_pace.min(1.0) * (0.25 + 0.75 * kept);
-    let confidence = 1.0 - (-weight / 4.0).exp();
+    let confidence = 1.0 - (-weight / 3.0).exp();
     let windows = e.series.len();
     let held = e.series.iter().filter(|&&(_, bytes)| bytes > 0).count();
     let held = if windows > 1 { format!("held in {held} of the last {windows} windows, ") } else { String::new() };
