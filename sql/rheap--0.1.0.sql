@@ -9,11 +9,11 @@ The ordering of items is not stable, it is driven by a dependency graph.
 /* <begin connected objects> */
 -- rheap::sql::check::rheap_assert_no_leaks
 CREATE  FUNCTION "rheap_assert_no_leaks"(
-	"statement" TEXT, /* & str */
-	"repeat" INT DEFAULT 100, /* i32 */
-	"warmup" INT DEFAULT 10 /* i32 */
+	"statement" TEXT, /* Option < Text > */
+	"repeat" INT DEFAULT 100, /* Option < i32 > */
+	"warmup" INT DEFAULT 10 /* Option < i32 > */
 ) RETURNS void
-STRICT VOLATILE PARALLEL UNSAFE
+VOLATILE PARALLEL UNSAFE
 LANGUAGE c /* Rust */
 AS 'MODULE_PATHNAME', 'rheap_assert_no_leaks_wrapper';
 /* </end connected objects> */
@@ -23,23 +23,23 @@ AS 'MODULE_PATHNAME', 'rheap_assert_no_leaks_wrapper';
 CREATE  FUNCTION "rheap_call_sites"(
 	"pid" INT DEFAULT NULL /* Option < i32 > */
 ) RETURNS TABLE (
-	"verdict" TEXT,  /* String */
+	"verdict" TEXT,  /* Text */
 	"confidence" double precision,  /* f64 */
-	"function" TEXT,  /* String */
-	"location" TEXT,  /* String */
-	"context" TEXT,  /* String */
+	"function" TEXT,  /* Text */
+	"location" TEXT,  /* Text */
+	"context" TEXT,  /* Text */
 	"live_bytes" bigint,  /* i64 */
 	"live_count" bigint,  /* i64 */
 	"growth_bytes_per_s" double precision,  /* f64 */
 	"generations" INT,  /* i32 */
-	"backend_type" TEXT,  /* String */
+	"backend_type" TEXT,  /* Text */
 	"processes" INT,  /* i32 */
 	"pid" INT,  /* i32 */
 	"query_id" bigint,  /* Option < i64 > */
 	"first_seen" timestamp with time zone,  /* Option < TimestampWithTimeZone > */
 	"last_seen" timestamp with time zone,  /* Option < TimestampWithTimeZone > */
-	"reason" TEXT,  /* String */
-	"stack" TEXT[],  /* Vec < String > */
+	"reason" TEXT,  /* Text */
+	"stack" TEXT[],  /* Vec < Text > */
 	"alloc_count" bigint,  /* i64 */
 	"alloc_bytes" bigint,  /* i64 */
 	"free_count" bigint,  /* i64 */
@@ -54,20 +54,20 @@ AS 'MODULE_PATHNAME', 'rheap_call_sites_wrapper';
 /* <begin connected objects> */
 -- rheap::sql::check::rheap_check
 CREATE  FUNCTION "rheap_check"(
-	"statement" TEXT, /* & str */
-	"repeat" INT DEFAULT 100, /* i32 */
-	"warmup" INT DEFAULT 10 /* i32 */
+	"statement" TEXT, /* Option < Text > */
+	"repeat" INT DEFAULT 100, /* Option < i32 > */
+	"warmup" INT DEFAULT 10 /* Option < i32 > */
 ) RETURNS TABLE (
-	"function" TEXT,  /* String */
-	"location" TEXT,  /* String */
-	"context" TEXT,  /* String */
+	"function" TEXT,  /* Text */
+	"location" TEXT,  /* Text */
+	"context" TEXT,  /* Text */
 	"bytes_per_call" double precision,  /* f64 */
 	"count_per_call" double precision,  /* f64 */
 	"kept_bytes" bigint,  /* i64 */
 	"kept_count" bigint,  /* i64 */
-	"stack" TEXT[]  /* Vec < String > */
+	"stack" TEXT[]  /* Vec < Text > */
 )
-STRICT VOLATILE PARALLEL UNSAFE
+VOLATILE PARALLEL UNSAFE
 LANGUAGE c /* Rust */
 AS 'MODULE_PATHNAME', 'rheap_check_wrapper';
 /* </end connected objects> */
@@ -78,10 +78,10 @@ CREATE  FUNCTION "rheap_contexts"(
 	"pid" INT DEFAULT NULL /* Option < i32 > */
 ) RETURNS TABLE (
 	"pid" INT,  /* i32 */
-	"backend_type" TEXT,  /* String */
-	"path" TEXT,  /* String */
-	"name" TEXT,  /* String */
-	"type" TEXT,  /* Option < String > */
+	"backend_type" TEXT,  /* Text */
+	"path" TEXT,  /* Text */
+	"name" TEXT,  /* Text */
+	"type" TEXT,  /* Option < Text > */
 	"contexts" INT,  /* i32 */
 	"total_bytes" bigint,  /* i64 */
 	"used_bytes" bigint,  /* i64 */
@@ -90,7 +90,7 @@ CREATE  FUNCTION "rheap_contexts"(
 	"growth_bytes" bigint,  /* i64 */
 	"growth_bytes_per_s" double precision,  /* f64 */
 	"watched" bool,  /* bool */
-	"verdict" TEXT  /* String */
+	"verdict" TEXT  /* Text */
 )
 VOLATILE PARALLEL RESTRICTED
 LANGUAGE c /* Rust */
@@ -101,18 +101,18 @@ AS 'MODULE_PATHNAME', 'rheap_contexts_wrapper';
 -- rheap::sql::ended::rheap_ended
 CREATE  FUNCTION "rheap_ended"() RETURNS TABLE (
 	"pid" INT,  /* i32 */
-	"backend_type" TEXT,  /* String */
+	"backend_type" TEXT,  /* Text */
 	"ended_at" timestamp with time zone,  /* Option < TimestampWithTimeZone > */
-	"how" TEXT,  /* String */
+	"how" TEXT,  /* Text */
 	"context_bytes" bigint,  /* i64 */
-	"function" TEXT,  /* String */
-	"location" TEXT,  /* String */
-	"context" TEXT,  /* String */
+	"function" TEXT,  /* Text */
+	"location" TEXT,  /* Text */
+	"context" TEXT,  /* Text */
 	"live_bytes" bigint,  /* i64 */
 	"live_count" bigint,  /* i64 */
 	"query_id" bigint,  /* Option < i64 > */
-	"stack" TEXT[],  /* Vec < String > */
-	"contexts" jsonb  /* JsonB */
+	"stack" TEXT[],  /* Vec < Text > */
+	"contexts" jsonb  /* Document */
 )
 STRICT VOLATILE PARALLEL RESTRICTED
 LANGUAGE c /* Rust */
@@ -123,8 +123,8 @@ AS 'MODULE_PATHNAME', 'rheap_ended_wrapper';
 -- rheap::sql::exports::rheap_flamegraph
 CREATE  FUNCTION "rheap_flamegraph"(
 	"pid" INT DEFAULT NULL, /* Option < i32 > */
-	"metric" TEXT DEFAULT 'live' /* & str */
-) RETURNS TEXT /* String */
+	"metric" TEXT DEFAULT 'live' /* Option < Text > */
+) RETURNS TEXT /* Text */
 VOLATILE PARALLEL RESTRICTED
 LANGUAGE c /* Rust */
 AS 'MODULE_PATHNAME', 'rheap_flamegraph_wrapper';
@@ -134,8 +134,8 @@ AS 'MODULE_PATHNAME', 'rheap_flamegraph_wrapper';
 -- rheap::sql::exports::rheap_folded
 CREATE  FUNCTION "rheap_folded"(
 	"pid" INT DEFAULT NULL, /* Option < i32 > */
-	"metric" TEXT DEFAULT 'live' /* & str */
-) RETURNS TEXT /* String */
+	"metric" TEXT DEFAULT 'live' /* Option < Text > */
+) RETURNS TEXT /* Text */
 VOLATILE PARALLEL RESTRICTED
 LANGUAGE c /* Rust */
 AS 'MODULE_PATHNAME', 'rheap_folded_wrapper';
@@ -144,9 +144,9 @@ AS 'MODULE_PATHNAME', 'rheap_folded_wrapper';
 /* <begin connected objects> */
 -- rheap::sql::exports::rheap_heaptrack
 CREATE  FUNCTION "rheap_heaptrack"(
-	"pid" INT /* i32 */
-) RETURNS TEXT /* String */
-STRICT VOLATILE PARALLEL RESTRICTED
+	"pid" INT /* Option < i32 > */
+) RETURNS TEXT /* Text */
+VOLATILE PARALLEL RESTRICTED
 LANGUAGE c /* Rust */
 AS 'MODULE_PATHNAME', 'rheap_heaptrack_wrapper';
 /* </end connected objects> */
@@ -155,7 +155,7 @@ AS 'MODULE_PATHNAME', 'rheap_heaptrack_wrapper';
 -- rheap::sql::exports::rheap_html
 CREATE  FUNCTION "rheap_html"(
 	"pid" INT DEFAULT NULL /* Option < i32 > */
-) RETURNS TEXT /* String */
+) RETURNS TEXT /* Text */
 VOLATILE PARALLEL RESTRICTED
 LANGUAGE c /* Rust */
 AS 'MODULE_PATHNAME', 'rheap_html_wrapper';
@@ -166,23 +166,23 @@ AS 'MODULE_PATHNAME', 'rheap_html_wrapper';
 CREATE  FUNCTION "rheap_leaks"(
 	"pid" INT DEFAULT NULL /* Option < i32 > */
 ) RETURNS TABLE (
-	"verdict" TEXT,  /* String */
+	"verdict" TEXT,  /* Text */
 	"confidence" double precision,  /* f64 */
-	"function" TEXT,  /* String */
-	"location" TEXT,  /* String */
-	"context" TEXT,  /* String */
+	"function" TEXT,  /* Text */
+	"location" TEXT,  /* Text */
+	"context" TEXT,  /* Text */
 	"live_bytes" bigint,  /* i64 */
 	"live_count" bigint,  /* i64 */
 	"growth_bytes_per_s" double precision,  /* f64 */
 	"generations" INT,  /* i32 */
-	"backend_type" TEXT,  /* String */
+	"backend_type" TEXT,  /* Text */
 	"processes" INT,  /* i32 */
 	"pid" INT,  /* i32 */
 	"query_id" bigint,  /* Option < i64 > */
 	"first_seen" timestamp with time zone,  /* Option < TimestampWithTimeZone > */
 	"last_seen" timestamp with time zone,  /* Option < TimestampWithTimeZone > */
-	"reason" TEXT,  /* String */
-	"stack" TEXT[]  /* Vec < String > */
+	"reason" TEXT,  /* Text */
+	"stack" TEXT[]  /* Vec < Text > */
 )
 VOLATILE PARALLEL RESTRICTED
 LANGUAGE c /* Rust */
@@ -192,16 +192,82 @@ AS 'MODULE_PATHNAME', 'rheap_leaks_wrapper';
 /* <begin connected objects> */
 -- rheap::sql::snapshots::rheap_no_snapshot
 CREATE  FUNCTION "rheap_no_snapshot"(
-	"id" bigint /* i64 */
+	"id" bigint /* Option < i64 > */
 ) RETURNS bool /* bool */
-STRICT VOLATILE PARALLEL UNSAFE
+VOLATILE PARALLEL UNSAFE
 LANGUAGE c /* Rust */
 AS 'MODULE_PATHNAME', 'rheap_no_snapshot_wrapper';
 /* </end connected objects> */
 
 /* <begin connected objects> */
+-- rheap::sql::exports::rheap_pprof
+CREATE  FUNCTION "rheap_pprof"(
+	"pid" INT DEFAULT NULL /* Option < i32 > */
+) RETURNS bytea /* Vec < u8 > */
+VOLATILE PARALLEL RESTRICTED
+LANGUAGE c /* Rust */
+AS 'MODULE_PATHNAME', 'rheap_pprof_wrapper';
+/* </end connected objects> */
+
+/* <begin connected objects> */
+-- rheap::sql::processes::rheap_processes
+CREATE  FUNCTION "rheap_processes"(
+	"pid" INT DEFAULT NULL /* Option < i32 > */
+) RETURNS TABLE (
+	"pid" INT,  /* i32 */
+	"backend_type" TEXT,  /* Text */
+	"mode" TEXT,  /* Text */
+	"watched_contexts" INT,  /* i32 */
+	"allocations" bigint,  /* i64 */
+	"frees" bigint,  /* i64 */
+	"captures" bigint,  /* i64 */
+	"dropped" bigint,  /* i64 */
+	"own_bytes" bigint,  /* i64 */
+	"context_bytes" bigint,  /* i64 */
+	"rss_bytes" bigint,  /* Option < i64 > */
+	"unattributed_bytes" bigint,  /* Option < i64 > */
+	"walks" INT,  /* i32 */
+	"last_walk" timestamp with time zone  /* Option < TimestampWithTimeZone > */
+)
+VOLATILE PARALLEL RESTRICTED
+LANGUAGE c /* Rust */
+AS 'MODULE_PATHNAME', 'rheap_processes_wrapper';
+/* </end connected objects> */
+
+/* <begin connected objects> */
+-- rheap::sql::exports::rheap_report
+CREATE  FUNCTION "rheap_report"(
+	"pid" INT DEFAULT NULL /* Option < i32 > */
+) RETURNS TEXT /* Text */
+VOLATILE PARALLEL RESTRICTED
+LANGUAGE c /* Rust */
+AS 'MODULE_PATHNAME', 'rheap_report_wrapper';
+/* </end connected objects> */
+
+/* <begin connected objects> */
+-- rheap::sql::exports::rheap_report_json
+CREATE  FUNCTION "rheap_report_json"(
+	"pid" INT DEFAULT NULL /* Option < i32 > */
+) RETURNS jsonb /* Document */
+VOLATILE PARALLEL RESTRICTED
+LANGUAGE c /* Rust */
+AS 'MODULE_PATHNAME', 'rheap_report_json_wrapper';
+/* </end connected objects> */
+
+/* <begin connected objects> */
+-- rheap::sql::snapshots::rheap_require_cluster
+CREATE  FUNCTION "rheap_require_cluster"(
+	"function" TEXT /* Text */
+) RETURNS void
+STRICT VOLATILE PARALLEL UNSAFE
+LANGUAGE c /* Rust */
+AS 'MODULE_PATHNAME', 'rheap_require_cluster_wrapper';
+/* </end connected objects> */
+
+/* <begin connected objects> */
 -- requires:
 --   rheap_no_snapshot
+--   rheap_require_cluster
 --   rheap_call_sites
 --   rheap_contexts
 
@@ -233,6 +299,8 @@ CREATE INDEX ON rheap_snapshot_contexts (snapshot);
 
 CREATE FUNCTION rheap_snapshot(label text DEFAULT NULL) RETURNS bigint
 LANGUAGE sql VOLATILE SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
+    SELECT @extschema@.rheap_require_cluster('rheap_snapshot');
+
     WITH snapshot AS (
         INSERT INTO @extschema@.rheap_snapshots (label) VALUES ($1) RETURNING id
     ), call_sites AS (
@@ -257,8 +325,10 @@ CREATE FUNCTION rheap_diff("from" bigint, "to" bigint DEFAULT NULL) RETURNS TABL
 )
 LANGUAGE sql VOLATILE SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
     SELECT @extschema@.rheap_no_snapshot(wanted.id)
-    FROM (VALUES ($1), ($2)) wanted (id)
-    WHERE wanted.id IS NOT NULL AND NOT EXISTS (SELECT FROM @extschema@.rheap_snapshots s WHERE s.id = wanted.id);
+    FROM (SELECT $1 UNION ALL SELECT $2 WHERE $2 IS NOT NULL) wanted (id)
+    WHERE NOT EXISTS (SELECT FROM @extschema@.rheap_snapshots s WHERE s.id = wanted.id);
+
+    SELECT @extschema@.rheap_require_cluster('rheap_diff') WHERE $2 IS NULL;
 
     WITH before AS (
         SELECT 'call site' AS kind, backend_type, context, function, location, stack, live_bytes AS bytes, live_count AS count
@@ -294,7 +364,7 @@ LANGUAGE sql VOLATILE SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS 
 $$;
 
 REVOKE ALL ON rheap_snapshots, rheap_snapshot_call_sites, rheap_snapshot_contexts FROM PUBLIC;
-REVOKE ALL ON FUNCTION rheap_snapshot(text), rheap_diff(bigint, bigint), rheap_no_snapshot(bigint) FROM PUBLIC;
+REVOKE ALL ON FUNCTION rheap_snapshot(text), rheap_diff(bigint, bigint), rheap_no_snapshot(bigint), rheap_require_cluster(text) FROM PUBLIC;
 GRANT SELECT ON rheap_snapshots, rheap_snapshot_call_sites, rheap_snapshot_contexts TO pg_monitor;
 GRANT EXECUTE ON FUNCTION rheap_snapshot(text), rheap_diff(bigint, bigint) TO pg_monitor;
 
@@ -305,61 +375,7 @@ COMMENT ON TABLE rheap_snapshot_contexts IS 'what the contexts of each path held
 COMMENT ON FUNCTION rheap_snapshot(text) IS 'note what all processes hold now, for rheap_diff; returns the id of the snapshot';
 COMMENT ON FUNCTION rheap_diff(bigint, bigint) IS 'what grew, shrank, is new or gone between two snapshots, or since one';
 COMMENT ON FUNCTION rheap_no_snapshot(bigint) IS 'raises the error for a snapshot that does not exist; used by rheap_diff';
-/* </end connected objects> */
-
-/* <begin connected objects> */
--- rheap::sql::exports::rheap_pprof
-CREATE  FUNCTION "rheap_pprof"(
-	"pid" INT DEFAULT NULL /* Option < i32 > */
-) RETURNS bytea /* Vec < u8 > */
-VOLATILE PARALLEL RESTRICTED
-LANGUAGE c /* Rust */
-AS 'MODULE_PATHNAME', 'rheap_pprof_wrapper';
-/* </end connected objects> */
-
-/* <begin connected objects> */
--- rheap::sql::processes::rheap_processes
-CREATE  FUNCTION "rheap_processes"(
-	"pid" INT DEFAULT NULL /* Option < i32 > */
-) RETURNS TABLE (
-	"pid" INT,  /* i32 */
-	"backend_type" TEXT,  /* String */
-	"mode" TEXT,  /* String */
-	"watched_contexts" INT,  /* i32 */
-	"allocations" bigint,  /* i64 */
-	"frees" bigint,  /* i64 */
-	"captures" bigint,  /* i64 */
-	"dropped" bigint,  /* i64 */
-	"own_bytes" bigint,  /* i64 */
-	"context_bytes" bigint,  /* i64 */
-	"rss_bytes" bigint,  /* Option < i64 > */
-	"unattributed_bytes" bigint,  /* Option < i64 > */
-	"walks" INT,  /* i32 */
-	"last_walk" timestamp with time zone  /* Option < TimestampWithTimeZone > */
-)
-VOLATILE PARALLEL RESTRICTED
-LANGUAGE c /* Rust */
-AS 'MODULE_PATHNAME', 'rheap_processes_wrapper';
-/* </end connected objects> */
-
-/* <begin connected objects> */
--- rheap::sql::exports::rheap_report
-CREATE  FUNCTION "rheap_report"(
-	"pid" INT DEFAULT NULL /* Option < i32 > */
-) RETURNS TEXT /* String */
-VOLATILE PARALLEL RESTRICTED
-LANGUAGE c /* Rust */
-AS 'MODULE_PATHNAME', 'rheap_report_wrapper';
-/* </end connected objects> */
-
-/* <begin connected objects> */
--- rheap::sql::exports::rheap_report_json
-CREATE  FUNCTION "rheap_report_json"(
-	"pid" INT DEFAULT NULL /* Option < i32 > */
-) RETURNS jsonb /* pgrx :: JsonB */
-VOLATILE PARALLEL RESTRICTED
-LANGUAGE c /* Rust */
-AS 'MODULE_PATHNAME', 'rheap_report_json_wrapper';
+COMMENT ON FUNCTION rheap_require_cluster(text) IS 'raises the error that the named function needs shared_preload_libraries; used by rheap_snapshot and rheap_diff';
 /* </end connected objects> */
 
 /* <begin connected objects> */
@@ -385,10 +401,10 @@ AS 'MODULE_PATHNAME', 'rheap_reset_wrapper';
 /* <begin connected objects> */
 -- rheap::sql::suppress::rheap_suppress
 CREATE  FUNCTION "rheap_suppress"(
-	"pattern" TEXT, /* & str */
-	"reason" TEXT /* & str */
+	"pattern" TEXT, /* Option < Text > */
+	"reason" TEXT /* Option < Text > */
 ) RETURNS void
-STRICT VOLATILE PARALLEL UNSAFE
+VOLATILE PARALLEL UNSAFE
 LANGUAGE c /* Rust */
 AS 'MODULE_PATHNAME', 'rheap_suppress_wrapper';
 /* </end connected objects> */
@@ -396,10 +412,10 @@ AS 'MODULE_PATHNAME', 'rheap_suppress_wrapper';
 /* <begin connected objects> */
 -- rheap::sql::track::rheap_track
 CREATE  FUNCTION "rheap_track"(
-	"pid" INT, /* i32 */
-	"mode" TEXT /* & str */
+	"pid" INT, /* Option < i32 > */
+	"mode" TEXT /* Option < Text > */
 ) RETURNS void
-STRICT VOLATILE PARALLEL UNSAFE
+VOLATILE PARALLEL UNSAFE
 LANGUAGE c /* Rust */
 AS 'MODULE_PATHNAME', 'rheap_track_wrapper';
 /* </end connected objects> */
@@ -430,9 +446,9 @@ COMMENT ON FUNCTION rheap_track(int, text) IS 'let one process record in a mode 
 /* <begin connected objects> */
 -- rheap::sql::suppress::rheap_unsuppress
 CREATE  FUNCTION "rheap_unsuppress"(
-	"pattern" TEXT /* & str */
+	"pattern" TEXT /* Option < Text > */
 ) RETURNS bool /* bool */
-STRICT VOLATILE PARALLEL UNSAFE
+VOLATILE PARALLEL UNSAFE
 LANGUAGE c /* Rust */
 AS 'MODULE_PATHNAME', 'rheap_unsuppress_wrapper';
 /* </end connected objects> */
