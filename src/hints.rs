@@ -103,16 +103,27 @@ const READ: &[&str] = &[
     "rheap_snapshots",
     "rheap_snapshot_call_sites",
     "rheap_snapshot_contexts",
+    "rheap_suppressions",
 ];
+
+/// What pg_monitor may run.
+const RUN: &[&str] = &["rheap_check", "rheap_assert_no_leaks"];
 
 /// What to write instead, by the object that the message names, in whatever language.
 fn hint(message: &CStr) -> Option<&'static CStr> {
-    let message = message.to_str().ok()?;
+    // In whatever encoding; the names are ASCII in each.
+    let message = message.to_string_lossy();
     let names = |name: &str| message.split(|c: char| !c.is_alphanumeric() && c != '_').any(|word| word == name);
     if names("rheap_reset") {
         Some(c"What changes state is the superuser's: GRANT EXECUTE ON FUNCTION rheap_reset(int) TO the role.")
     } else if names("rheap_track") {
         Some(c"What changes state is the superuser's: GRANT EXECUTE ON FUNCTION rheap_track(int, text) TO the role.")
+    } else if names("rheap_suppress") {
+        Some(c"What changes state is the superuser's: GRANT EXECUTE ON FUNCTION rheap_suppress(text, text) TO the role, and INSERT, UPDATE and SELECT ON rheap_suppressions.")
+    } else if names("rheap_unsuppress") {
+        Some(c"What changes state is the superuser's: GRANT EXECUTE ON FUNCTION rheap_unsuppress(text) TO the role, and DELETE and SELECT ON rheap_suppressions.")
+    } else if RUN.iter().any(|name| names(name)) {
+        Some(c"Members of pg_monitor may run it: GRANT pg_monitor TO the role.")
     } else if READ.iter().any(|name| names(name)) {
         Some(c"Members of pg_monitor may read it: GRANT pg_monitor TO the role.")
     } else if message.contains("\"rheap.") {
@@ -130,6 +141,9 @@ mod tests {
     fn only_messages_about_rheap_get_a_hint() {
         assert!(hint(c"permission denied for view rheap_leaks").is_some());
         assert!(hint(c"permission denied for function rheap_reset").is_some());
+        assert!(
+            hint(c"droit refus\xe9 pour la fonction rheap_check").unwrap().to_str().unwrap().contains("pg_monitor")
+        );
         assert!(hint(c"permission denied to set parameter \"rheap.mode\"").is_some());
         assert!(hint(c"permission denied for table rheap_leaks_archive").is_none());
         assert!(hint(c"permission denied for table accounts").is_none());

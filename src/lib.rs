@@ -5,7 +5,7 @@
 //!
 //! The modules follow the way of the data: `hook` → `stack` → `ledger` → `walk` → `share` → `verdict` → `symbols` →
 //! `sql`, and `exports` for what people and other tools read. `process` holds what one server process knows, `pg_compat`
-//! what differs between server versions.
+//! what differs between server versions; `units` and `moment` write numbers and times as people read them.
 
 #[cfg(not(all(target_os = "linux", target_arch = "x86_64", target_pointer_width = "64")))]
 compile_error!(
@@ -24,6 +24,7 @@ mod hints;
 mod hook;
 pub mod ledger;
 mod load;
+mod moment;
 mod pg_compat;
 mod proc_maps;
 mod process;
@@ -33,6 +34,7 @@ pub mod share;
 mod sql;
 pub mod stack;
 pub mod symbols;
+mod units;
 pub mod verdict;
 mod walk;
 

@@ -212,10 +212,3 @@ pub fn has_no_messages(backend_type: i32) -> bool {
     backend_type == crate::share::slot::POSTMASTER
         || !matches!(backend_type as u32, B_INVALID | B_BACKEND | B_WAL_SENDER)
 }
-
-/// Hours and minutes of a `timestamptz` in the session's time zone.
-pub fn time_of_day(timestamp: i64) -> String {
-    // SAFETY: writes to a static buffer, in ISO format whatever the settings say.
-    let text = unsafe { std::ffi::CStr::from_ptr(pg_sys::timestamptz_to_str(timestamp)) };
-    text.to_string_lossy().get(11..16).unwrap_or_default().into()
-}

@@ -5,8 +5,9 @@ use std::fmt::Write;
 
 use inferno::flamegraph::{self, Options};
 
+use super::Model;
 use super::metric::Metric;
-use super::{Model, moment};
+use crate::moment;
 
 /// `frame;frame;frame value` in lines, root first. The outermost frame is the backend type, so that processes of
 /// different kinds stand side by side. Stacks without a value are left out.
@@ -45,20 +46,47 @@ pub fn svg(model: &Model, metric: Metric) -> String {
     options.name_type = "Function:".into();
     options.hash = true;
     options.deterministic = true;
-    // A ten-thousandth of the width cannot be seen, nor hit with a mouse; the percentages of its callers count it.
-    options.min_width = 0.01;
-    options.notes = "written by rheap; frames narrower than 0.01 % are not drawn".into();
+    // A thousandth of the width is a pixel; the percentages of its callers count what is narrower.
+    options.min_width = 0.1;
+    options.notes = "written by rheap; frames narrower than 0.1 % are not drawn, but counted in their callers".into();
     let mut out = Vec::new();
     let drawn = flamegraph::from_lines(&mut options, folded.lines(), &mut out);
-    match (drawn, folded.is_empty()) {
+    let picture = match (drawn, folded.is_empty()) {
         (Ok(()), false) => String::from_utf8(out).unwrap_or_else(|_| nothing(&options)),
         _ => nothing(&options),
+    };
+    ascii(&titled(picture, &options))
+}
+
+fn escape(text: &str) -> String {
+    text.replace('&', "&amp;").replace('<', "&lt;")
+}
+
+/// With a title that browsers and readers of screens know the picture by.
+fn titled(picture: String, options: &Options) -> String {
+    let Some(head) = picture.find("<svg").and_then(|svg| Some(svg + picture[svg..].find('>')? + 1)) else {
+        return picture;
+    };
+    let subtitle = options.subtitle.as_deref().unwrap_or_default();
+    let title = escape(&format!("{}: {subtitle}", options.title));
+    format!("{}\n<title>{title}</title>{}", &picture[..head], &picture[head..])
+}
+
+/// The same picture in whatever encoding it is kept.
+fn ascii(picture: &str) -> String {
+    let mut text = String::with_capacity(picture.len());
+    for c in picture.chars() {
+        if c.is_ascii() {
+            text.push(c);
+        } else {
+            let _ = write!(text, "&#x{:x};", c as u32);
+        }
     }
+    text
 }
 
 /// A picture that says that there is nothing to draw.
 fn nothing(options: &Options) -> String {
-    let escape = |text: &str| text.replace('&', "&amp;").replace('<', "&lt;");
     format!(
         "<?xml version=\"1.0\" standalone=\"no\"?>\n<svg version=\"1.1\" width=\"1200\" height=\"90\" \
          xmlns=\"http://www.w3.org/2000/svg\">\n<rect width=\"100%\" height=\"100%\" fill=\"#f8f8f8\"/>\n\
@@ -94,9 +122,13 @@ mod tests {
     fn a_picture_says_what_it_shows_and_escapes_names() {
         let mut model = small();
         model.calls[0].frames[0].function = Some("Vec<T>::push & <x>;y".into());
+        model.calls[3].frames[0].function = Some("gr\u{f6}\u{df}e".into());
         let svg = svg(&model, Metric::Live);
         assert!(svg.contains("rheap: live bytes") && svg.contains("pid 7 (client backend, exact)"), "{svg}");
         assert!(svg.contains("Vec&lt;T&gt;::push &amp; &lt;x&gt;:y"));
+        let title = "<title>rheap: live bytes: pid 7 (client backend, exact), 2025-05-08 06:13:22 UTC, PostgreSQL 17.11</title>";
+        assert!(svg.split_once("<svg").unwrap().1.split_once('>').unwrap().1.trim_start().starts_with(title));
+        assert!(svg.is_ascii() && svg.contains("gr&#xf6;&#xdf;e"));
         assert!(svg.contains("function zoom") && svg.contains("function search"));
     }
 
@@ -112,6 +144,7 @@ mod tests {
         let start = std::time::Instant::now();
         let drawn = svg(&model, Metric::Live);
         assert!(drawn.ends_with("</svg>\n") || drawn.ends_with("</svg>"));
+        assert!(drawn.len() < 5 << 20, "{}", drawn.len());
         assert!(start.elapsed().as_secs() < 20, "{:?}", start.elapsed());
     }
 }

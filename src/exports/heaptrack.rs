@@ -10,34 +10,35 @@ use std::fmt::Write;
 use super::{Model, Site};
 use crate::symbols::helpers::is_allocator;
 
-/// Lines of events are bounded, since a text can have no more than 1 GB.
-const EVENTS: u64 = 40_000_000;
+/// Lines of events, of which a file has about so many at most: 30 MB that the tools read in seconds.
+const EVENTS: u64 = 4_000_000;
 
-/// More is alive than a file can list.
-#[derive(Debug, PartialEq)]
-pub struct TooLarge {
-    pub live_count: u64,
-    pub most: u64,
-}
-
-/// The file. Where rheap has sums only, sizes are their mean, so that counts and bytes are true. When there were more
-/// allocations than [`EVENTS`] the freed ones are thinned out evenly, and the line of the command says so.
-pub fn file(model: &Model) -> Result<String, TooLarge> {
+/// The file. Where rheap has sums only, sizes are their mean, so that counts and bytes are true. Past [`EVENTS`] the
+/// freed allocations are thinned out evenly, and several that are alive share a line, with all their bytes; the line of
+/// the command says so.
+pub fn file(model: &Model) -> String {
     file_within(model, EVENTS)
 }
 
-fn file_within(model: &Model, most: u64) -> Result<String, TooLarge> {
+fn file_within(model: &Model, most: u64) -> String {
     let totals = model.totals();
-    if totals.live_count > most {
-        return Err(TooLarge { live_count: totals.live_count, most });
-    }
-    let one_in = (2 * totals.free_count).div_ceil((most - totals.live_count).max(1)).max(1);
-    let mut file = File::default();
+    let alive_in_line = totals.live_count.div_ceil(most / 2).max(1);
+    let lines_alive = totals.live_count.div_ceil(alive_in_line);
+    let one_in = (2 * totals.free_count).div_ceil(most - lines_alive).max(1);
+    let mut file = File { alive_in_line, ..File::default() };
     let _ = writeln!(file.text, "v 10400 3");
-    let thinned = if one_in > 1 { format!(", one of {one_in} freed allocations is shown") } else { String::new() };
-    let _ = writeln!(file.text, "X rheap, {}, {}{thinned}", model.subject(), model.server);
+    let mut command = format!("rheap, {}, {}", model.subject(), model.server);
+    if one_in > 1 {
+        let _ = write!(command, ", one of {one_in} freed allocations is shown");
+    }
+    if alive_in_line > 1 {
+        let _ = write!(command, ", {alive_in_line} allocations that are alive are shown as one");
+    }
+    let _ = writeln!(file.text, "X {command}");
+    // SAFETY: plain questions to the system.
+    let (page, pages) = unsafe { (libc::sysconf(libc::_SC_PAGESIZE), libc::sysconf(libc::_SC_PHYS_PAGES)) };
+    let _ = writeln!(file.text, "I {page:x} {pages:x}");
     let resident: i64 = model.processes.iter().filter_map(|p| p.rss_bytes).sum();
-    let _ = writeln!(file.text, "I 1000 {:x}", resident / 4096);
     file.text.push_str("c 0\n");
     let traces: Vec<u64> = model.sites.iter().map(|site| file.trace(model, site)).collect();
     // Number 0 has a meaning of its own in the tools' account of temporary allocations: it is never freed.
@@ -54,15 +55,15 @@ fn file_within(model: &Model, most: u64) -> Result<String, TooLarge> {
     }
     for (index, (site, &trace)) in model.sites.iter().zip(&traces).enumerate() {
         let spared = (file.spared == Some(index)) as u64;
-        for (place, (count, size)) in split(site.live_count, site.live_count, site.live_bytes).into_iter().enumerate() {
+        for (place, (count, size)) in file.alive(site).into_iter().enumerate() {
             let a = file.allocation(size, trace);
             let line = format!("+ {a:x}\n");
             (0..count - if place == 0 { spared } else { 0 }).for_each(|_| file.text.push_str(&line));
         }
     }
     let first = model.sites.iter().map(|s| s.first_seen).filter(|&t| t > 0).min().unwrap_or(model.taken_at);
-    let _ = writeln!(file.text, "c {:x}\nR {:x}", (model.taken_at - first).max(0) / 1000, resident / 4096);
-    Ok(file.text)
+    let _ = writeln!(file.text, "c {:x}\nR {:x}", (model.taken_at - first).max(0) / 1000, resident / page.max(1));
+    file.text
 }
 
 /// `count` of `all` allocations that have `bytes` together: (number, size) of at most two sizes that differ by one.
@@ -81,16 +82,32 @@ struct File {
     traces: HashMap<(u64, u64), u64>,
     /// (size, trace) → number.
     allocations: HashMap<(u64, u64), u64>,
+    /// So many that are alive share a line.
+    alive_in_line: u64,
     /// The call site whose first live allocation is played before everything else.
     spared: Option<usize>,
 }
 
 impl File {
+    /// The lines of what is alive: (number, size).
+    fn alive(&self, site: &Site) -> Vec<(u64, u64)> {
+        let lines = site.live_count.div_ceil(self.alive_in_line);
+        split(lines, lines, site.live_bytes)
+    }
+
     fn string(&mut self, text: &str) -> u64 {
         if let Some(&id) = self.strings.get(text) {
             return id;
         }
-        let clean = text.replace(|c: char| c.is_control(), " ");
+        // Lengths are bytes, and the file may be kept in any encoding: no character may have more than one.
+        let mut clean = String::new();
+        for c in text.chars() {
+            match c {
+                c if c.is_control() => clean.push(' '),
+                c if c.is_ascii() => clean.push(c),
+                c => clean.extend(c.escape_unicode()),
+            }
+        }
         let _ = writeln!(self.text, "s {:x} {clean}", clean.len());
         let id = self.strings.len() as u64 + 1;
         self.strings.insert(text.into(), id);
@@ -157,7 +174,7 @@ impl File {
     /// Gives number 0 to something that stays alive, or to nothing, if nothing does.
     fn spare_zero(&mut self, model: &Model, traces: &[u64]) {
         // Not to a size that is freed as well at the same trace.
-        let sizes = |s: &Site| split(s.live_count, s.live_count, s.live_bytes);
+        let sizes = |s: &Site| self.alive(s);
         let freed = |s: &Site| split(s.free_count(), s.free_count(), s.free_bytes());
         let apart = |s: &Site| sizes(s).first().is_some_and(|l| freed(s).iter().all(|f| f.1.abs_diff(l.1) > 1));
         let lone = |i: usize| traces.iter().filter(|&&t| t == traces[i]).count() == 1;
@@ -203,7 +220,7 @@ mod tests {
 
     #[test]
     fn what_is_played_back_are_the_true_sums() {
-        let text = file(&small()).unwrap();
+        let text = file(&small());
         assert!(text.starts_with("v 10400 3\nX rheap, pid 7 (client backend, exact), PostgreSQL 17.11\n"));
         assert_eq!(played(&text), (130, 4007, 3050));
         // Innermost first, and main, the root, before what it calls.
@@ -214,22 +231,33 @@ mod tests {
 
     #[test]
     fn what_does_not_fit_is_thinned_out_and_says_so() {
-        let text = file_within(&small(), 60).unwrap();
-        assert!(text.contains("one of 8 freed allocations is shown"), "{text}");
-        assert_eq!(played(&text).2, 3050);
-        assert_eq!(file_within(&small(), 30), Err(TooLarge { live_count: 35, most: 30 }));
+        let text = file_within(&small(), 100);
+        assert!(text.contains("17.11, one of 3 freed allocations is shown\n"), "{text}");
+        assert_eq!(played(&text), (35 + 32, 3050 + 32 * 10, 3050));
+        // Of 30 allocations that are alive ten lines are written, of 5 two.
+        let text = file_within(&small(), 30);
+        assert!(text.contains(", 3 allocations that are alive are shown as one\n"), "{text}");
+        assert_eq!((played(&text).2, text.matches("\n+ ").count() - text.matches("\n- ").count()), (3050, 12));
+    }
+
+    #[test]
+    fn lengths_hold_in_every_encoding() {
+        let mut model = small();
+        model.calls[0].frames[0].function = Some("gr\u{f6}\u{df}e\n".into());
+        let text = file(&model);
+        assert!(text.is_ascii() && text.contains("\ns 10 gr\\u{f6}\\u{df}e \n"), "{text}");
     }
 
     #[test]
     fn nothing_is_a_file_too() {
-        assert_eq!(played(&file(&Model::default()).unwrap()), (0, 0, 0));
+        assert_eq!(played(&file(&Model::default())), (0, 0, 0));
     }
 
     #[test]
     fn ten_thousand_stacks_take_seconds() {
         let model = large();
         let start = std::time::Instant::now();
-        let text = file(&model).unwrap();
+        let text = file(&model);
         assert_eq!(played(&text).2, model.totals().live_bytes);
         assert!(start.elapsed().as_secs() < 30, "{:?}", start.elapsed());
     }

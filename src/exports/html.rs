@@ -1,5 +1,7 @@
 //! One page that needs nothing but itself: style, code and data are in it, and its policy forbids the network.
 
+use std::fmt::Write;
+
 use super::{Model, json};
 
 const TEMPLATE: &str = include_str!("page/page.html");
@@ -7,14 +9,14 @@ const STYLE: &str = include_str!("page/page.css");
 const SCRIPTS: [&str; 3] =
     [include_str!("page/basics.js"), include_str!("page/flame.js"), include_str!("page/sections.js")];
 
-/// The page. Its data is the report for programs.
+/// The page, in ASCII, so that it is the same in whatever encoding it is kept. Its data is the report for programs.
 pub fn page(model: &Model) -> String {
-    let data = serde_json::to_string(&json::report(model)).expect("numbers and strings are JSON");
-    let title = format!("rheap: {}", model.subject()).replace('&', "&amp;").replace('<', "&lt;");
+    let data = serde_json::to_string(&json::compact(model)).expect("numbers and strings are JSON");
+    let title = format!("rheap: {}", model.subject());
     let mut page = String::with_capacity(data.len() + data.len() / 8 + 65536);
     let mut rest = TEMPLATE;
     let parts = [
-        ("{{title}}", title),
+        ("{{title}}", escaped(&title)),
         ("{{style}}", STYLE.into()),
         ("{{data}}", harmless(&data)),
         ("{{script}}", SCRIPTS.concat()),
@@ -29,6 +31,19 @@ pub fn page(model: &Model) -> String {
     page
 }
 
+/// Text for the page itself.
+fn escaped(text: &str) -> String {
+    let mut out = String::new();
+    for c in text.chars() {
+        if c.is_ascii() && c != '&' && c != '<' {
+            out.push(c);
+        } else {
+            let _ = write!(out, "&#x{:x};", c as u32);
+        }
+    }
+    out
+}
+
 /// JSON in which nothing can end the element that holds it, whatever functions and contexts are called. The
 /// characters stand in strings only, where an escape means the same.
 fn harmless(json: &str) -> String {
@@ -38,9 +53,12 @@ fn harmless(json: &str) -> String {
             '<' => text.push_str("\\u003c"),
             '>' => text.push_str("\\u003e"),
             '&' => text.push_str("\\u0026"),
-            '\u{2028}' => text.push_str("\\u2028"),
-            '\u{2029}' => text.push_str("\\u2029"),
-            c => text.push(c),
+            c if c.is_ascii() => text.push(c),
+            c => {
+                for unit in c.encode_utf16(&mut [0; 2]) {
+                    let _ = write!(text, "\\u{unit:04x}");
+                }
+            }
         }
     }
     text
@@ -54,12 +72,14 @@ mod tests {
     #[test]
     fn a_hostile_name_stays_data() {
         let mut model = small();
-        let name = "</script><script>alert(1)</script>\u{2028}<!-- {{script}}";
+        let name = "</script><script>alert(1)</script>\u{2028}<!-- {{script}} gr\u{f6}\u{df}e \u{1f600}";
+        model.processes[0].backend_type = "<b>\u{e9}".into();
         model.calls[1].frames[0].function = Some(name.into());
         model.leaks[0].frames[1].function = Some(name.into());
         let page = page(&model);
         assert_eq!(page.matches("</script>").count(), 2, "the data's and the code's");
-        assert!(!page.contains("alert(1)<"));
+        assert!(!page.contains("alert(1)<") && page.is_ascii());
+        assert!(page.contains("<title>rheap: pid 7 (&#x3c;b>&#xe9;, exact)</title>"));
         let data = page.split_once("type=\"application/json\">").unwrap().1.split_once("</script>").unwrap().0;
         let data: serde_json::Value = serde_json::from_str(data).unwrap();
         assert_eq!(data["leaks"][0]["function"], name);

@@ -4,7 +4,8 @@ use std::collections::HashMap;
 
 use serde::Serialize;
 
-use super::{Model, Process, Site, Totals, moment};
+use super::{Model, Process, Site, Totals};
+use crate::moment;
 use crate::symbols::Frame;
 
 #[derive(Serialize)]
@@ -31,7 +32,15 @@ pub struct Leak<'a> {
     facts: Facts<'a>,
     /// Index of the culprit in `stack`.
     culprit: usize,
-    stack: Vec<&'a Frame>,
+    stack: Stack<'a>,
+}
+
+#[derive(Serialize)]
+#[serde(untagged)]
+enum Stack<'a> {
+    Frames(Vec<StackFrame<'a>>),
+    /// Into the report's `frames`.
+    Indexes(Vec<u32>),
 }
 
 #[derive(Serialize)]
@@ -69,7 +78,7 @@ struct Facts<'a> {
     last_seen: Option<String>,
 }
 
-#[derive(Serialize)]
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Serialize)]
 pub struct StackFrame<'a> {
     #[serde(flatten)]
     frame: &'a Frame,
@@ -81,6 +90,7 @@ pub struct Context<'a> {
     pid: i32,
     backend_type: &'a str,
     path: &'a str,
+    name: &'a str,
     r#type: Option<&'static str>,
     contexts: u32,
     total_bytes: u64,
@@ -146,6 +156,15 @@ fn facts<'a>(culprit: Option<&'a Frame>, s: &'a Site) -> Facts<'a> {
 /// The whole model. Frames are listed once and stacks refer to them, except those of leaks, which are few and read
 /// by people too.
 pub fn report(model: &Model) -> Report<'_> {
+    written(model, false)
+}
+
+/// The same for the page, where ten thousand leaks must not make tens of megabytes: their stacks refer to frames too.
+pub fn compact(model: &Model) -> Report<'_> {
+    written(model, true)
+}
+
+fn written(model: &Model, compact: bool) -> Report<'_> {
     let mut frames = Vec::new();
     let mut known: HashMap<(u32, usize), u32> = HashMap::new();
     let call_sites = model.sites.iter().map(|site| {
@@ -158,11 +177,26 @@ pub fn report(model: &Model) -> Report<'_> {
         CallSite { facts: facts(model.culprit(site), site), culprit: site.culprit, stack: stack.collect() }
     });
     let call_sites = call_sites.collect();
-    let leaks = model.leaks.iter().map(|leak| Leak {
-        facts: facts(leak.culprit(), &leak.facts),
-        culprit: leak.facts.culprit,
-        stack: leak.frames.iter().collect(),
+    let mut known: HashMap<StackFrame, u32> = HashMap::new();
+    let leaks = model.leaks.iter().map(|leak| {
+        let inlined = |(index, frame)| StackFrame { frame, inlined: leak.is_inlined(index) };
+        let stack = leak.frames.iter().enumerate().map(inlined);
+        let stack = match compact {
+            false => Stack::Frames(stack.collect()),
+            true => Stack::Indexes(
+                stack
+                    .map(|frame| {
+                        *known.entry(frame).or_insert_with(|| {
+                            frames.push(frame);
+                            frames.len() as u32 - 1
+                        })
+                    })
+                    .collect(),
+            ),
+        };
+        Leak { facts: facts(leak.culprit(), &leak.facts), culprit: leak.facts.culprit, stack }
     });
+    let leaks = leaks.collect();
     Report {
         rheap: env!("CARGO_PKG_VERSION"),
         format: 1,
@@ -171,7 +205,7 @@ pub fn report(model: &Model) -> Report<'_> {
         pid: model.pid,
         subject: model.subject(),
         totals: model.totals(),
-        leaks: leaks.collect(),
+        leaks,
         call_sites,
         frames,
         contexts: model.contexts.iter().map(|c| context(model, c)).collect(),
@@ -184,6 +218,7 @@ fn context<'a>(model: &Model, c: &'a super::Context) -> Context<'a> {
         pid: c.pid,
         backend_type: &c.backend_type,
         path: &c.path,
+        name: &c.name,
         r#type: c.kind,
         contexts: c.contexts,
         total_bytes: c.total_bytes,

@@ -8,13 +8,11 @@ pub mod heaptrack;
 pub mod html;
 pub mod json;
 pub mod metric;
-pub mod moment;
 pub mod pprof;
 pub mod report;
 #[cfg(test)]
 pub mod samples;
 pub mod tree;
-pub mod units;
 
 use crate::symbols::Frame;
 use crate::verdict::Verdict;
@@ -93,6 +91,13 @@ pub struct Leak {
 impl Leak {
     pub fn culprit(&self) -> Option<&Frame> {
         self.frames.get(self.facts.culprit)
+    }
+
+    /// Whether a frame is inlined into the next. Functions at one address are inlined into the last of them. Where one
+    /// recurses the address recurs too.
+    pub fn is_inlined(&self, index: usize) -> bool {
+        let (frame, next) = (self.frames.get(index), self.frames.get(index + 1));
+        frame.zip(next).is_some_and(|(f, next)| next.address == f.address && next.function != f.function)
     }
 }
 

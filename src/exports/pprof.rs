@@ -8,7 +8,8 @@ use std::io::Write;
 use flate2::Compression;
 use flate2::write::GzEncoder;
 
-use super::{Model, moment};
+use super::Model;
+use crate::moment;
 
 /// One sample for each call site, with the sample types of Go's heap profiles: alloc_objects, alloc_space,
 /// inuse_objects, inuse_space. Estimates are unbiased already. Labels: backend_type, context, query_id.

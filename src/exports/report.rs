@@ -2,11 +2,12 @@
 
 use std::fmt::Write;
 
+use super::Model;
 use super::metric::Metric;
 use super::tree::{Node, merge};
-use super::units::{bytes, count, signed_bytes};
-use super::{Model, moment};
+use crate::moment;
 use crate::symbols::Frame;
+use crate::units::{bytes, count, signed_bytes};
 
 const WIDTH: usize = 110;
 /// Entries of a section; more are counted, not listed.
@@ -37,9 +38,8 @@ pub fn text(model: &Model) -> String {
         page.title(title);
         let roots = merge(model, &model.sites, metric);
         let total: u64 = roots.iter().map(|r| r.value).sum();
-        let rough = |f: &str| model.sites.iter().any(|s| !s.exact && model.culprit(s).is_some_and(|c| c.name() == f));
         for root in roots.iter().take(ENTRIES) {
-            let about = if rough(root.frame.name()) { "~" } else { "" };
+            let about = about(root.exact);
             let share = 100.0 * root.value as f64 / total.max(1) as f64;
             let sum = match metric {
                 Metric::Live => format!("{about}{} in {about}{} allocations", bytes(root.bytes), count(root.count)),
@@ -60,7 +60,7 @@ fn leaks(page: &mut Page, model: &Model) {
     page.title("LEAKS");
     for leak in model.leaks.iter().take(ENTRIES) {
         let site = &leak.facts;
-        let about = if site.exact { "" } else { "~" };
+        let about = about(site.exact);
         let place = leak.culprit().map_or("(unknown)".into(), Frame::describe);
         let whose = match site.processes {
             0 | 1 => format!("{}, pid {}", site.backend_type, site.pid),
@@ -75,10 +75,8 @@ fn leaks(page: &mut Page, model: &Model) {
         }
         page.line(2, &site.reason);
         for (index, frame) in leak.frames.iter().enumerate().skip(site.culprit) {
-            // Functions at one address are inlined into the last of them. Where one recurses the address recurs too.
-            let next = leak.frames.get(index + 1);
-            let inlined = next.is_some_and(|n| n.address == frame.address && n.function != frame.function);
-            page.line(4, &format!("{}{}", frame.describe(), if inlined { "  [inlined]" } else { "" }));
+            let inlined = if leak.is_inlined(index) { "  [inlined]" } else { "" };
+            page.line(4, &format!("{}{inlined}", frame.describe()));
         }
     }
     if model.leaks.is_empty() {
@@ -90,8 +88,10 @@ fn leaks(page: &mut Page, model: &Model) {
 fn totals(page: &mut Page, model: &Model) {
     let t = model.totals();
     page.title("TOTALS of watched contexts");
+    let about = about(model.sites.iter().all(|s| s.exact));
     let mut row = |name: &str, number: u64, size: u64| {
-        page.line(0, &format!("{name:<16}{:>18} allocations {:>12}", count(number), bytes(size)));
+        let (number, size) = (format!("{about}{}", count(number)), format!("{about}{}", bytes(size)));
+        page.line(0, &format!("{name:<16}{number:>18} allocations {size:>12}"));
     };
     row("allocated", t.alloc_count, t.alloc_bytes);
     row("freed again", t.free_count, t.free_bytes);
@@ -176,6 +176,7 @@ impl Page {
             }
             fresh = false;
             for c in word.chars() {
+                let c = if c.is_control() { ' ' } else { c };
                 // A single word that is longer than a line.
                 if column >= WIDTH && c != ' ' {
                     let _ = write!(self.text, "\n{:hang$}", "");
@@ -203,15 +204,14 @@ impl Page {
             let inlined = if at.inlined { "  [inlined]" } else { "" };
             self.line(indent, &format!("{}{inlined}", at.frame.describe()));
             listed += 1;
+            let (frames, last) = straight(at);
+            if listed >= FRAMES && frames > 1 {
+                self.line(indent, &format!("... and {frames} callers of these"));
+                at = last;
+            }
             match at.callers.as_slice() {
                 [] => return,
-                [one] if one.value == at.value => {
-                    at = one;
-                    let frames = straight(at);
-                    if listed >= FRAMES && frames > 1 {
-                        return self.line(indent, &format!("... and {frames} callers of these"));
-                    }
-                }
+                [one] if one.value == at.value => at = one,
                 several => {
                     let worth = if branches == 0 { 0 } else { CALLERS };
                     for caller in several.iter().take(worth) {
@@ -219,11 +219,16 @@ impl Page {
                         self.tree(caller, indent + 4, metric, branches - 1);
                     }
                     if several.len() > worth {
-                        let rest: u64 = several.iter().skip(worth).map(|c| c.value).sum();
+                        let left_out = several.iter().skip(worth);
+                        let rest: u64 = left_out.clone().map(|c| c.value).sum();
+                        let about = about(left_out.clone().all(|c| c.exact));
                         let unit = metric.unit();
                         let rest = if unit == "bytes" { bytes(rest) } else { format!("{} {unit}", count(rest)) };
                         let more = if worth > 0 { "more " } else { "" };
-                        self.line(indent + 2, &format!("... and {} {more}callers: {rest}", several.len() - worth));
+                        self.line(
+                            indent + 2,
+                            &format!("... and {} {more}callers: {about}{rest}", several.len() - worth),
+                        );
                     }
                     return;
                 }
@@ -232,18 +237,27 @@ impl Page {
     }
 }
 
-/// Frames from here on until callers go apart or the stack ends.
-fn straight(node: &Node) -> usize {
-    match node.callers.as_slice() {
-        [one] if one.value == node.value => 1 + straight(one),
-        _ => 1,
+/// How many callers follow one by one until they go apart or the stack ends, and the last of them.
+fn straight<'n, 'm>(node: &'n Node<'m>) -> (usize, &'n Node<'m>) {
+    let (mut frames, mut at) = (0, node);
+    while let [one] = at.callers.as_slice()
+        && one.value == at.value
+    {
+        (frames, at) = (frames + 1, one);
     }
+    (frames, at)
+}
+
+/// Stands before an estimate.
+fn about(exact: bool) -> &'static str {
+    if exact { "" } else { "~" }
 }
 
 fn value(metric: Metric, node: &Node) -> String {
+    let about = about(node.exact);
     match metric {
-        Metric::Live | Metric::Allocated => format!("{} in {}", bytes(node.value), count(node.count)),
-        _ => format!("{} of {}", count(node.value), bytes(node.bytes)),
+        Metric::Live | Metric::Allocated => format!("{about}{} in {about}{}", bytes(node.value), count(node.count)),
+        _ => format!("{about}{} of {about}{}", count(node.value), bytes(node.bytes)),
     }
 }
 
@@ -282,6 +296,63 @@ mod tests {
         assert!(longest <= WIDTH, "{longest}");
         assert_eq!(text.matches('§').count(), 300);
         assert!(text.contains("... and 9590 more context paths") && text.contains("... and 90 more processes"));
+    }
+
+    #[test]
+    fn callers_that_go_apart_below_a_long_run_are_not_hidden() {
+        let mut model = small();
+        let mut call = model.calls[3].clone();
+        let mut numbered = |name: String| {
+            call.frames[0].function = Some(name);
+            model.calls.push(call.clone());
+            model.calls.len() as u32 - 1
+        };
+        let run: Vec<u32> = (0..9).map(|i| numbered(format!("step_{i}"))).collect();
+        let ends = ["left", "right"].map(|name| numbered(name.into()));
+        for (site, end) in model.sites.iter_mut().zip(ends) {
+            (site.stack, site.culprit) = ([&run[..], &[end]].concat(), 0);
+        }
+        let text = text(&model);
+        let expected = "from
+  step_0 at src/other.c:64
+  step_1 at src/other.c:64
+  step_2 at src/other.c:64
+  step_3 at src/other.c:64
+  step_4 at src/other.c:64
+  step_5 at src/other.c:64
+  ... and 3 callers of these
+    2.93 kB in 30 from
+      left at src/other.c:64
+    50 B in 5 from
+      right at src/other.c:64
+";
+        assert!(text.contains(expected), "{text}");
+    }
+
+    #[test]
+    fn estimates_are_marked_wherever_they_go_into_a_sum() {
+        let mut model = small();
+        model.sites[1].exact = false;
+        model.sites[1].stack = vec![1, 3, 2];
+        model.sites[1].culprit = 0;
+        let text = text(&model);
+        for expected in [
+            "~2.98 kB in ~35 allocations (100.0 %) from\n  inner at",
+            "    2.93 kB in 30 from\n      main",
+            "    ~50 B in ~5 from\n      other",
+            "allocated                     ~130 allocations     ~3.91 kB",
+            "alive                          ~35 allocations     ~2.98 kB",
+        ] {
+            assert!(text.contains(expected), "{expected}\n{text}");
+        }
+    }
+
+    #[test]
+    fn a_name_cannot_write_lines_or_colours() {
+        let mut model = small();
+        model.contexts[0].path = "Top\u{1b}[31m\nfake".into();
+        let text = text(&model);
+        assert!(text.contains("Top [31m fake\n") && !text.contains('\u{1b}'), "{text}");
     }
 
     #[test]

@@ -14,6 +14,8 @@ pub struct Node<'a> {
     pub value: u64,
     pub count: u64,
     pub bytes: u64,
+    /// Whether all of these are, not estimates.
+    pub exact: bool,
     /// The greatest first.
     pub callers: Vec<Node<'a>>,
 }
@@ -24,6 +26,7 @@ struct Leaf<'a> {
     value: u64,
     count: u64,
     bytes: u64,
+    exact: bool,
 }
 
 /// Trees whose roots are the culprits: helpers that only allocate for them are left out. The greatest come first.
@@ -37,7 +40,7 @@ pub fn merge<'a>(model: &'a Model, sites: impl IntoIterator<Item = &'a Site>, me
             Metric::Temporary => (site.free_count(), site.free_bytes()),
         };
         let frames = model.frames(site).skip(site.culprit).collect();
-        Leaf { frames, value: metric.of(site), count, bytes }
+        Leaf { frames, value: metric.of(site), count, bytes, exact: site.exact }
     };
     let leaves: Vec<Leaf<'a>> = sites.into_iter().map(leaf).filter(|l| l.value > 0).collect();
     group(&leaves.iter().collect::<Vec<_>>(), 0)
@@ -62,6 +65,7 @@ fn group<'a>(leaves: &[&Leaf<'a>], depth: usize) -> Vec<Node<'a>> {
                 value: sum(|l| l.value),
                 count: sum(|l| l.count),
                 bytes: sum(|l| l.bytes),
+                exact: leaves.iter().all(|l| l.exact),
                 callers: group(&leaves, depth + 1),
             }
         })

@@ -68,15 +68,5 @@ pub fn rheap_heaptrack(pid: Option<i32>) -> Text {
         "rheap_heaptrack needs the pid of a process",
         "SELECT pid, backend_type FROM rheap_processes lists them; rheap_pprof() is of all together.",
     );
-    let file = with_model("rheap_heaptrack", Some(pid), heaptrack::file);
-    file.map(Text).unwrap_or_else(|too_large| {
-        super::refuse(
-            PgSqlErrorCode::ERRCODE_PROGRAM_LIMIT_EXCEEDED,
-            format!(
-                "the process holds {} allocations, and a heaptrack file has a line for each, {} at most",
-                too_large.live_count, too_large.most
-            ),
-            "Write rheap_pprof or rheap_flamegraph, which have sums.",
-        )
-    })
+    with_model("rheap_heaptrack", Some(pid), heaptrack::file).into()
 }

@@ -10,7 +10,7 @@ use crate::share::{Share, dictionary};
 use crate::stack::{CUT, unframe};
 
 /// One function at one place; several of them for one address where functions were inlined.
-#[derive(Clone, Debug, PartialEq, serde::Serialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash, serde::Serialize)]
 pub struct Frame {
     /// None where the name would be a guess.
     pub function: Option<String>,

@@ -14,7 +14,9 @@ pub mod suppression;
 use std::sync::atomic::Ordering::*;
 
 use crate::ledger::account::{Age, BINS, HISTORY, SiteCopy};
+use crate::moment;
 use crate::share::slot::Slot;
+use crate::units::bytes;
 use ages::Ages;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -65,7 +67,7 @@ pub struct Evidence {
     pub unit: &'static str,
     /// Epochs are counted by the clock.
     pub timed: bool,
-    /// The time of day of the first allocation, as people read it; empty where nobody does.
+    /// When the first allocation was, as people read it; empty where nobody does.
     pub since: String,
     /// So many contexts of one kind hold it, with so many bytes of blocks; 0: it is not about contexts.
     pub contexts: u32,
@@ -233,16 +235,6 @@ fn slope(e: &Evidence) -> f64 {
     if var > 0.0 { cov / var } else { 0.0 }
 }
 
-/// A size as people write it.
-pub fn bytes(n: u64) -> String {
-    match n {
-        0..10_240 => format!("{n} B"),
-        10_240..10_485_760 => format!("{} kB", n / 1024),
-        10_485_760..10_737_418_240 => format!("{} MB", n / 1_048_576),
-        _ => format!("{} GB", n / 1_073_741_824),
-    }
-}
-
 /// How far a process has come with its work, at the moment that its accounts are of.
 pub struct Progress {
     epoch: u32,
@@ -299,7 +291,7 @@ pub fn judge_account(progress: &Progress, copy: &SiteCopy, contexts: u32, contex
         now: progress.now,
         unit: progress.unit,
         timed: progress.timed,
-        since: crate::pg_compat::time_of_day(copy.first_seen),
+        since: moment::since(copy.first_seen, progress.now),
         contexts,
         context_bytes,
     })

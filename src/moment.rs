@@ -10,6 +10,13 @@ pub fn text(micros: i64) -> String {
     format!("{year:04}-{month:02}-{day:02} {hour:02}:{minute:02}:{second:02} UTC")
 }
 
+/// `04:33 UTC`, with a date in front when that is more than a day before `now`.
+pub fn since(micros: i64, now: i64) -> String {
+    let [year, month, day, hour, minute, _] = fields(micros);
+    let date = if now - micros > DAY * 1_000_000 { format!("{year:04}-{month:02}-{day:02} ") } else { String::new() };
+    format!("{date}{hour:02}:{minute:02} UTC")
+}
+
 /// ISO 8601 to the microsecond: `2026-05-08T14:13:22.000001Z`.
 pub fn iso(micros: i64) -> String {
     let [year, month, day, hour, minute, second] = fields(micros);
@@ -48,5 +55,8 @@ mod tests {
         assert_eq!(text(5_097_600_000_000), "2000-02-29 00:00:00 UTC");
         assert_eq!(text(800_000_002_000_000), "2025-05-08 06:13:22 UTC");
         assert_eq!(unix_nanos(0), 946_684_800_000_000_000);
+        let day = DAY * 1_000_000;
+        assert_eq!(since(800_000_002_000_000, 800_000_002_000_000 + day), "06:13 UTC");
+        assert_eq!(since(800_000_002_000_000, 800_000_002_000_001 + day), "2025-05-08 06:13 UTC");
     }
 }
