@@ -4,6 +4,7 @@ import pytest
 from cluster import SqlError
 
 READ = ["rheap_leaks", "rheap_call_sites", "rheap_contexts", "rheap_processes", "rheap_ended"]
+READ += ["rheap_report", "rheap_report_json", "rheap_folded", "rheap_flamegraph", "rheap_html", "rheap_pprof"]
 
 
 @pytest.fixture(scope="module")
@@ -22,6 +23,19 @@ def test_pg_monitor_reads_and_public_does_not(roles, name):
             roles.sql(f"SELECT count(*) FROM {source}", user="nobody")
         assert caught.value.sqlstate == "42501"
         assert caught.value.hint == "Members of pg_monitor may read it: GRANT pg_monitor TO the role."
+
+
+def test_what_reads_and_needs_no_argument_has_a_view_of_its_name(exact):
+    """Whoever adds a function decides whether it has a view: those without one change something, or write statements."""
+    functions = exact.sql(
+        """
+        SELECT string_agg(proname, ' ' ORDER BY proname)
+        FROM pg_depend d JOIN pg_proc p ON d.classid = 'pg_proc'::regclass AND p.oid = d.objid
+        WHERE refobjid = (SELECT oid FROM pg_extension WHERE extname = 'rheap') AND deptype = 'e'
+          AND pronargs = pronargdefaults AND NOT EXISTS (SELECT FROM pg_views WHERE viewname = proname)
+        """
+    )
+    assert functions == "rheap_reset rheap_snapshot"
 
 
 REPORTS = ["report()", "report_json()", "folded()", "flamegraph()", "html()", "pprof()", "heaptrack(pg_backend_pid())", "snapshot()"]

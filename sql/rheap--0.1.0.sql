@@ -423,6 +423,7 @@ AS 'MODULE_PATHNAME', 'rheap_track_wrapper';
 /* <begin connected objects> */
 -- requires:
 --   rheap_report
+--   rheap_report_json
 --   rheap_folded
 --   rheap_flamegraph
 --   rheap_html
@@ -431,9 +432,24 @@ AS 'MODULE_PATHNAME', 'rheap_track_wrapper';
 --   rheap_track
 
 
+CREATE VIEW rheap_report AS SELECT * FROM rheap_report();
+CREATE VIEW rheap_report_json AS SELECT * FROM rheap_report_json();
+CREATE VIEW rheap_folded AS SELECT * FROM rheap_folded();
+CREATE VIEW rheap_flamegraph AS SELECT * FROM rheap_flamegraph();
+CREATE VIEW rheap_html AS SELECT * FROM rheap_html();
+CREATE VIEW rheap_pprof AS SELECT * FROM rheap_pprof();
+
 REVOKE ALL ON FUNCTION rheap_report(int), rheap_folded(int, text), rheap_flamegraph(int, text), rheap_html(int), rheap_pprof(int), rheap_heaptrack(int), rheap_track(int, text) FROM PUBLIC;
 GRANT EXECUTE ON FUNCTION rheap_report(int), rheap_folded(int, text), rheap_flamegraph(int, text), rheap_html(int), rheap_pprof(int), rheap_heaptrack(int) TO pg_monitor;
+REVOKE ALL ON rheap_report, rheap_report_json, rheap_folded, rheap_flamegraph, rheap_html, rheap_pprof FROM PUBLIC;
+GRANT SELECT ON rheap_report, rheap_report_json, rheap_folded, rheap_flamegraph, rheap_html, rheap_pprof TO pg_monitor;
 
+COMMENT ON VIEW rheap_report IS 'a report for a terminal of all live processes';
+COMMENT ON VIEW rheap_report_json IS 'the leaks, call sites, contexts and processes as one JSON document';
+COMMENT ON VIEW rheap_folded IS 'collapsed stacks of live bytes of all live processes';
+COMMENT ON VIEW rheap_flamegraph IS 'a flame graph of live bytes of all live processes, as SVG';
+COMMENT ON VIEW rheap_html IS 'one self-contained page about all live processes';
+COMMENT ON VIEW rheap_pprof IS 'gzipped profile.proto of all live processes';
 COMMENT ON FUNCTION rheap_report(int) IS 'a report for a terminal: leaks, what holds most, most calls, most temporary allocations, totals, contexts';
 COMMENT ON FUNCTION rheap_folded(int, text) IS 'collapsed stacks for flame graph tools; metric: live, live_count, allocated, allocations, temporary or growth';
 COMMENT ON FUNCTION rheap_flamegraph(int, text) IS 'a flame graph as SVG; metric: live, live_count, allocated, allocations, temporary or growth';
@@ -482,7 +498,7 @@ COMMENT ON FUNCTION rheap_call_sites(int) IS 'every call site in watched memory 
 COMMENT ON FUNCTION rheap_contexts(int) IS 'memory contexts per process and path, and how they have grown';
 COMMENT ON FUNCTION rheap_processes(int) IS 'what rheap knows of each process, and what it costs there';
 COMMENT ON FUNCTION rheap_ended() IS 'what processes held when they ended or were killed, newest first: a row per call site';
-COMMENT ON FUNCTION rheap_report_json(int) IS 'the leaks and the processes as one JSON document';
+COMMENT ON FUNCTION rheap_report_json(int) IS 'the leaks, call sites, contexts and processes as one JSON document';
 COMMENT ON FUNCTION rheap_reset(int) IS 'forget the history of one process or of all: the baseline is now';
 COMMENT ON FUNCTION rheap_check(text, int, int) IS 'run a statement many times in this session: a row per call site that keeps memory of each call';
 COMMENT ON FUNCTION rheap_assert_no_leaks(text, int, int) IS 'raises an error that lists the rows of rheap_check, if there are any';

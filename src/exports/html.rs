@@ -35,7 +35,9 @@ pub fn page(model: &Model) -> String {
 fn escaped(text: &str) -> String {
     let mut out = String::new();
     for c in text.chars() {
-        if c.is_ascii() && c != '&' && c != '<' {
+        if c.is_control() {
+            out.push(' ');
+        } else if c.is_ascii() && c != '&' && c != '<' {
             out.push(c);
         } else {
             let _ = write!(out, "&#x{:x};", c as u32);
@@ -45,14 +47,24 @@ fn escaped(text: &str) -> String {
 }
 
 /// JSON in which nothing can end the element that holds it, whatever functions and contexts are called. The
-/// characters stand in strings only, where an escape means the same.
+/// characters stand in strings only, where an escape means the same. What is no character to be seen, or turns the
+/// order of others round, is shown as its escape.
 fn harmless(json: &str) -> String {
-    let mut text = String::with_capacity(json.len() + json.len() / 8);
-    for c in json.chars() {
+    let mut text = String::with_capacity(json.len());
+    let mut chars = json.chars();
+    while let Some(c) = chars.next() {
         match c {
+            '\\' => match chars.next() {
+                Some(c @ ('"' | '\\')) => text.extend(['\\', c]),
+                Some(c) => text.extend(['\\', '\\', c]),
+                None => {}
+            },
             '<' => text.push_str("\\u003c"),
             '>' => text.push_str("\\u003e"),
             '&' => text.push_str("\\u0026"),
+            c if hidden(c) => {
+                let _ = write!(text, "\\\\u{:04x}", c as u32);
+            }
             c if c.is_ascii() => text.push(c),
             c => {
                 for unit in c.encode_utf16(&mut [0; 2]) {
@@ -64,10 +76,25 @@ fn harmless(json: &str) -> String {
     text
 }
 
+/// Control characters that JSON leaves as they are, and marks of direction.
+fn hidden(c: char) -> bool {
+    c.is_control() || matches!(c, '\u{200e}' | '\u{200f}' | '\u{202a}'..='\u{202e}' | '\u{2066}'..='\u{2069}')
+}
+
 #[cfg(test)]
 mod tests {
     use super::super::samples::{large, small};
     use super::*;
+
+    #[test]
+    fn what_cannot_be_seen_is_shown_as_its_escape() {
+        let mut model = small();
+        model.leaks[0].facts.context = "a\n\u{1b}[31m\u{85}\u{202e}b\\n\"".into();
+        let page = page(&model);
+        let data = page.split_once("type=\"application/json\">").unwrap().1.split_once("</script>").unwrap().0;
+        let data: serde_json::Value = serde_json::from_str(data).unwrap();
+        assert_eq!(data["leaks"][0]["context"], r#"a\n\u001b[31m\u0085\u202eb\n""#);
+    }
 
     #[test]
     fn a_hostile_name_stays_data() {

@@ -46,7 +46,7 @@ COMMENT ON FUNCTION rheap_call_sites(int) IS 'every call site in watched memory 
 COMMENT ON FUNCTION rheap_contexts(int) IS 'memory contexts per process and path, and how they have grown';
 COMMENT ON FUNCTION rheap_processes(int) IS 'what rheap knows of each process, and what it costs there';
 COMMENT ON FUNCTION rheap_ended() IS 'what processes held when they ended or were killed, newest first: a row per call site';
-COMMENT ON FUNCTION rheap_report_json(int) IS 'the leaks and the processes as one JSON document';
+COMMENT ON FUNCTION rheap_report_json(int) IS 'the leaks, call sites, contexts and processes as one JSON document';
 COMMENT ON FUNCTION rheap_reset(int) IS 'forget the history of one process or of all: the baseline is now';
 COMMENT ON FUNCTION rheap_check(text, int, int) IS 'run a statement many times in this session: a row per call site that keeps memory of each call';
 COMMENT ON FUNCTION rheap_assert_no_leaks(text, int, int) IS 'raises an error that lists the rows of rheap_check, if there are any';

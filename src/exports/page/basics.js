@@ -35,12 +35,24 @@ const seconds = milliseconds => {
 const frameName = frame => frame.function || frame.address;
 const badge = verdict => element("span", { class: "badge " + verdict + "-word" }, verdict);
 
-function stackList(frames, culprit, inlined) {
+// A path may break after a slash.
+const breakable = path => path.replaceAll("/", "/\u200b");
+
+// Ten thousand stacks are not drawn before somebody wants to see them.
+function stackDetails(title, site, ...first) {
+  const details = element("details", {}, element("summary", {}, title));
+  details.addEventListener("toggle", () => {
+    if (details.children.length === 1) details.append(...first, stackList(site.stack.map(index => data.frames[index]), site.culprit));
+  });
+  return details;
+}
+
+function stackList(frames, culprit) {
   const list = element("ol", { class: "stack" });
   frames.forEach((frame, index) => {
     const item = element("li", index === culprit ? { class: "culprit" } : {});
     item.append(frame.function ? frame.function + " at " + frame.location : frame.address);
-    if (inlined && inlined[index]) item.append(" ", element("em", {}, "inlined"));
+    if (frame.inlined) item.append(" ", element("em", {}, "inlined"));
     list.append(item);
   });
   return list;

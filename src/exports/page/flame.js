@@ -65,7 +65,8 @@ function drawFlame() {
   const add = (node, left, size, faded) => {
     deepest = Math.max(deepest, node.depth);
     const box = element("div", { class: "frame" + (faded ? " faded" : "") });
-    box.style.cssText = "left:" + left + "px;top:" + node.depth * ROW + "px;width:" + size + "px;background:" + hue(node.name);
+    // In parts of the whole, so that paper, which is narrower, shows all of it.
+    box.style.cssText = "left:" + 100 * left / width + "%;top:" + node.depth * ROW + "px;width:" + 100 * size / width + "%;background:" + hue(node.name);
     if (size > 28) box.textContent = node.name; else box.style.padding = "0";
     if (found && node.name.toLowerCase().includes(found)) box.classList.add("found");
     if (node === current) box.classList.add("current");

@@ -20,29 +20,42 @@ function startHead() {
   });
 }
 
+function leakCard(leak) {
+  const about = leak.exact ? "" : "~";
+  const facts = element("dl");
+  const add = (name, value) => facts.append(element("dt", {}, name), element("dd", {}, value));
+  add("why", leak.reason);
+  add("holds", about + bytes(leak.live_bytes) + " in " + about + count(leak.live_count) + " allocations");
+  add("grows", bytes(leak.growth_bytes_per_s) + " per second, " + count(leak.generations) + " generations");
+  add("context", breakable(leak.context));
+  add("process", leak.backend_type + ", pid " + leak.pid + (leak.processes > 1 ? ", which holds most of " + leak.processes : ""));
+  if (leak.query_id) add("query id", leak.query_id);
+  return element("article", { class: "leak " + leak.verdict },
+    element("h3", {}, badge(leak.verdict), " " + Math.round(leak.confidence * 100) + " %: " + leak.function + " ", element("code", {}, leak.location)),
+    facts,
+    stackDetails("Call stack", leak));
+}
+
+// The worst first, few at a time: what rheap_leaks() has more of is counted.
 function startLeaks() {
-  const about = leak => leak.exact ? "" : "~";
-  byId("leak-list").append(...data.leaks.map(leak => {
-    const facts = element("dl");
-    const add = (name, value) => facts.append(element("dt", {}, name), element("dd", {}, value));
-    add("why", leak.reason);
-    add("holds", about(leak) + bytes(leak.live_bytes) + " in " + about(leak) + count(leak.live_count) + " allocations");
-    add("grows", bytes(leak.growth_bytes_per_s) + " per second, " + count(leak.generations) + " generations");
-    add("context", leak.context);
-    add("process", leak.backend_type + ", pid " + leak.pid + (leak.processes > 1 ? ", which holds most of " + leak.processes : ""));
-    if (leak.query_id) add("query id", leak.query_id);
-    return element("article", { class: "leak " + leak.verdict },
-      element("h3", {}, badge(leak.verdict), " " + Math.round(leak.confidence * 100) + " %: " + leak.function + " ", element("code", {}, leak.location)),
-      facts,
-      element("details", {}, element("summary", {}, "Call stack"), stackList(leak.stack, leak.culprit)));
-  }));
-  if (!data.leaks.length) byId("leak-list").append(element("p", {}, "None: nothing here keeps growing."));
+  const step = 20, leaks = data.leaks, more = byId("more-leaks");
+  let shown = 0;
+  const draw = () => {
+    const next = leaks.slice(shown, shown === 0 ? step : shown + 5 * step);
+    byId("leak-list").append(...next.map(leakCard));
+    shown += next.length;
+    more.hidden = shown === leaks.length;
+    byId("leak-count").textContent = leaks.length === 0 ? "None: nothing here keeps growing."
+      : count(shown) + " of " + count(leaks.length) + ", the worst first" + (more.hidden ? "" : "; and " + count(leaks.length - shown) + " more");
+    more.textContent = "Show " + Math.min(5 * step, leaks.length - shown) + " more";
+  };
+  more.addEventListener("click", draw);
+  draw();
 }
 
 function chart(context) {
   const box = element("figure", { class: "chart", style: "margin:0" });
-  // A path may break after a slash.
-  box.append(element("h3", {}, context.path.replaceAll("/", "/\u200b")));
+  box.append(element("h3", {}, breakable(context.path)));
   box.append(element("p", {}, "pid " + context.pid + ", " + context.backend_type + "; ", badge(context.verdict),
     "; " + bytes(context.used_bytes) + ", " + signed(context.growth_bytes)));
   const points = context.series, width = 300, height = 110, left = 4, bottom = 90;
@@ -78,17 +91,7 @@ function startCharts() {
 function startSites() {
   const about = (site, text) => (site.exact ? "" : "~") + text;
   const order = { steady: 0, cache: 1, suspect: 2, leak: 3 };
-  const stack = site => {
-    const details = element("details", {}, element("summary", {}, site.function));
-    // Ten thousand stacks are not drawn before somebody wants to see them.
-    details.addEventListener("toggle", () => {
-      if (details.children.length === 1) {
-        const frames = site.stack.map(index => data.frames[index]);
-        details.append(element("p", { class: "note" }, site.reason), stackList(frames, site.culprit, frames.map(f => f.inlined)));
-      }
-    });
-    return details;
-  };
+  const stack = site => stackDetails(site.function, site, element("p", { class: "note" }, site.reason));
   const columns = [
     { title: "Verdict", value: s => order[s.verdict], show: s => badge(s.verdict) },
     { title: "Function", value: s => s.function, show: stack, path: true },
@@ -125,7 +128,8 @@ function startSites() {
 function startProcesses() {
   const size = key => ({ value: p => p[key], show: p => p[key] === null ? "?" : bytes(p[key]), number: true });
   const number = key => ({ value: p => p[key], show: p => count(p[key]), number: true });
-  table("process-table", [
+  const step = 100, more = byId("more-processes");
+  const made = table("process-table", [
     { title: "Pid", value: p => p.pid, show: p => String(p.pid), number: true },
     { title: "Backend type", value: p => p.backend_type },
     { title: "Mode", value: p => p.mode },
@@ -137,7 +141,17 @@ function startProcesses() {
     { title: "Stacks taken", ...number("captures") },
     { title: "Given up", ...number("dropped") },
     { title: "Walks", ...number("walks") },
-  ], data.processes, { sort: 3, limit: Infinity }).draw();
+  ], data.processes, {
+    sort: 3,
+    limit: step,
+    drawn: (found, shown) => {
+      byId("process-count").textContent = count(shown) + " of " + count(found) + " processes" + (shown < found ? "; and " + count(found - shown) + " more" : "");
+      more.hidden = shown === found;
+      more.textContent = "Show " + Math.min(5 * step, found - shown) + " more";
+    },
+  });
+  more.addEventListener("click", () => { made.settings.limit += 5 * step; made.draw(); });
+  made.draw();
 }
 
 startHead();
