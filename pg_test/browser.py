@@ -64,6 +64,10 @@ class Browser:
         """As on a phone: a window cannot be that narrow."""
         self.command("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=2, mobile=True)
 
+    def wide(self):
+        """As it was before `narrow`."""
+        self.command("Emulation.clearDeviceMetricsOverride")
+
     def prefer(self, scheme):
         self.command("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}])
 
