@@ -1,11 +1,13 @@
 """Each way to load rheap, and the server on which it must not hook."""
 
+import re
 import time
 
 import pytest
 from cluster import HERE, Cluster, SqlError
 
 CLUSTER_WIDE = ["rheap_leaks", "rheap_call_sites", "rheap_contexts", "rheap_processes", "rheap_reset"]
+CLUSTER_WIDE += ["rheap_report", "rheap_report_json", "rheap_folded", "rheap_flamegraph", "rheap_html", "rheap_pprof"]
 
 
 @pytest.fixture(scope="module")
@@ -50,6 +52,42 @@ def test_without_the_preload_other_processes_are_out_of_reach(plain, function):
         f"For this session alone, write {function}(pg_backend_pid())."
     )
     plain.sql(f"LOAD 'rheap'; SELECT * FROM {function}(pg_backend_pid())")
+
+
+@pytest.mark.parametrize("call", ["rheap_snapshot()", "rheap_diff(1)"])
+def test_without_the_preload_moments_of_all_processes_are_out_of_reach(plain, call):
+    with pytest.raises(SqlError) as caught:
+        plain.sql(f"LOAD 'rheap'; SELECT {call}")
+    function = call.split("(")[0]
+    if function == "rheap_diff":  # there is no snapshot to compare with
+        assert (caught.value.sqlstate, caught.value.message) == ("22023", "there is no snapshot 1")
+        return
+    assert caught.value.sqlstate == "55000"
+    assert caught.value.message == f"{function} needs the data of other processes, and rheap was loaded in this session only"
+    assert caught.value.hint == "Set shared_preload_libraries = 'rheap' and restart the server."
+
+
+def test_without_the_preload_a_session_has_its_own_reports(plain):
+    session = plain.session()
+    session("LOAD 'rheap'; SET rheap.mode = exact")
+    for _ in range(12):
+        session("SELECT leaky_leak(200, 1000)")
+    assert "leaky_leak at" in session("SELECT rheap_report(pg_backend_pid())")
+    assert re.search(r";leaky_leak(;MemoryContextAlloc)? 2400000$", session("SELECT rheap_folded(pg_backend_pid())"), re.M)
+    for name in ("report_json", "flamegraph", "html", "heaptrack"):
+        assert "leaky_leak" in session(f"SELECT rheap_{name}(pg_backend_pid())"), name
+    assert session("SELECT encode(rheap_pprof(pg_backend_pid()), 'hex')").startswith("1f8b")
+    session("SELECT rheap_track(pg_backend_pid(), 'off')")
+    session("SELECT leaky_leak(200, 1000)")
+    assert session("SELECT mode FROM rheap_processes(pg_backend_pid())") == "off"
+    # Of a process that is none of its own it knows nothing.
+    with pytest.raises(SqlError) as caught:
+        session("SELECT rheap_heaptrack(1)")
+    assert caught.value.sqlstate == "55000" and "shared_preload_libraries" in caught.value.hint
+    # The view is of all, and says the same as the function.
+    with pytest.raises(SqlError) as caught:
+        session("SELECT * FROM rheap_report")
+    assert caught.value.sqlstate == "55000" and "rheap_report(pg_backend_pid())" in caught.value.hint
 
 
 def test_a_server_that_fails_the_self_check_runs_on_unhooked(server):

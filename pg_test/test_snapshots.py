@@ -1,9 +1,30 @@
 """Two moments compared, across sessions; and one process that records in a mode of its own."""
 
+import subprocess
 import time
 
 import pytest
-from cluster import SqlError
+from cluster import Cluster, SqlError
+
+
+class Process:
+    """One that is not a session of ours."""
+
+    def __init__(self, pid):
+        self.pid = pid
+
+    def ticks(self):
+        """Hundredths of a second that it has worked."""
+        return sum(map(int, open(f"/proc/{self.pid}/stat").read().rsplit(")", 1)[1].split()[11:13]))
+
+
+def eventually(happens):
+    """What it returns as soon as that is something."""
+    late = time.monotonic() + 30
+    while not (seen := happens()):
+        assert time.monotonic() < late, "it did not happen within 30 s"
+        time.sleep(0.05)
+    return seen
 
 
 @pytest.fixture
@@ -48,6 +69,38 @@ def test_what_is_new_grew_shrank_and_is_gone(exact, session):
     assert all(r["bytes_after"] - r["bytes_before"] == r["growth_bytes"] for r in contexts)
     exact.sql("DELETE FROM rheap_snapshots")
     assert exact.sql("SELECT count(*) FROM rheap_snapshot_call_sites") == "0"
+
+
+def test_what_one_of_two_sessions_takes_with_it_has_shrunk(exact):
+    def at_work():
+        session = exact.session()
+        session("SELECT leaky_context('Generation', 50, 1024, 'keep')")
+        # Its walk tells the contexts.
+        session("SELECT pg_sleep(0.3)")
+        session("SELECT 1")
+        return session
+
+    path = "TopMemoryContext/leaky"
+    held = lambda: exact.rows(f"SELECT coalesce(sum(used_bytes), 0) AS bytes, coalesce(sum(contexts), 0) AS n FROM rheap_contexts() WHERE path = '{path}'")[0]
+    one, other = at_work(), at_work()
+    before = held()
+    [leaving] = exact.rows(f"SELECT used_bytes AS bytes, contexts AS n FROM rheap_contexts({other.pid}) WHERE path = '{path}'")
+    first = exact.sql("SELECT rheap_snapshot()")
+    other.close()
+    while exact.sql(f"SELECT count(*) FROM rheap_processes WHERE pid = {other.pid}") != "0":
+        time.sleep(0.05)
+    rows = diff(exact, first)
+    row = of(rows, "leaky_context")
+    assert (row["change"], row["growth_bytes"], row["growth_count"]) == ("shrank", -51_200, -50)
+    assert (row["bytes_after"], row["count_after"], row["context"]) == (row["bytes_before"] - 51_200, row["count_before"] - 50, path)
+    [row] = [r for r in rows if r["kind"] == "context" and r["context"] == path and r["backend_type"] == "client backend"]
+    assert (row["change"], row["growth_bytes"], row["growth_count"]) == ("shrank", -leaving["bytes"], -1)
+    assert (row["bytes_before"], row["count_before"], leaving["n"]) == (before["bytes"], before["n"], 1)
+    assert leaving["bytes"] > 51_200 and (row["function"], row["location"], row["stack"]) == (None, None, None)
+    # The greatest change first, whichever its direction.
+    assert [abs(r["growth_bytes"]) for r in rows] == sorted((abs(r["growth_bytes"]) for r in rows), reverse=True)
+    one.close()
+    exact.sql("DELETE FROM rheap_snapshots")
 
 
 def test_a_snapshot_that_does_not_exist(exact):
@@ -109,6 +162,57 @@ def test_a_busy_process_follows_within_a_second_of_work(exact, session, before, 
     exact.sql(f"SELECT pg_cancel_backend({session.pid})")
     with pytest.raises(SqlError):
         session.receive()
+
+
+def test_a_session_of_prepared_statements_follows(exact, tmp_path):
+    script = tmp_path / "script"
+    script.write_text("SELECT leaky_leak(1, 100);\n")
+    tmp_path.chmod(0o755)
+    bench = subprocess.Popen(
+        [exact.bin / "pgbench", "-n", "-M", "prepared", "-f", script, "-T", "60", *exact.target()[:-2], "postgres"],
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )
+    try:
+        pid = eventually(lambda: exact.sql("SELECT pid FROM pg_stat_activity WHERE application_name = 'pgbench'"))
+        there = Process(int(pid))
+        counted = lambda: int(live(exact, there))
+        eventually(lambda: counted() > 100)
+        exact.sql(f"SELECT rheap_track({pid}, 'off')")
+        eventually(lambda: mode(exact, there) == "off")
+        # Nothing is counted while it goes on working.
+        before, work = counted(), there.ticks()
+        eventually(lambda: there.ticks() > work + 20)
+        assert counted() == before
+        exact.sql(f"SELECT rheap_track({pid}, 'exact')")
+        eventually(lambda: counted() > before + 100)
+        assert mode(exact, there) == "exact"
+    finally:
+        bench.terminate()
+        bench.wait(30)
+
+
+def test_the_postmaster_follows_and_its_children_do_not(server):
+    with Cluster(server, preload="rheap, leaky", rheap__mode="exact") as cluster:
+        postmaster = Process(cluster.postmaster)
+        forked = lambda: int(cluster.sql(f"SELECT coalesce(sum(live_count), 0) FROM rheap_call_sites({postmaster.pid}) WHERE function = 'leak_at_fork'"))
+        connect = lambda: [cluster.sql("SELECT 1") for _ in range(10)]
+        before = forked()
+        connect()
+        assert forked() >= before + 10
+        cluster.sql(f"SELECT rheap_track({postmaster.pid}, 'off')")
+        connect()
+        eventually(lambda: mode(cluster, postmaster) == "off")
+        before = forked()
+        connect()
+        assert forked() == before
+        child = cluster.session()
+        assert mode(cluster, child) == "exact"
+        cluster.sql(f"SELECT rheap_track({postmaster.pid}, 'default')")
+        connect()
+        eventually(lambda: mode(cluster, postmaster) == "exact")
+        before = forked()
+        connect()
+        assert forked() >= before + 10
 
 
 def test_a_process_that_comes_later_has_no_wish(exact, session):
