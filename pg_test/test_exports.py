@@ -1,69 +1,16 @@
 """Reports and files for other tools: opened by the real tools, and all of one mind at one moment."""
 
-import gzip
 import json
 import os
 import re
 import signal
 import subprocess
 import threading
-import time
 import xml.etree.ElementTree as xml
 
 import pytest
 from cluster import HERE, SqlError
-
-METRICS = {
-    "live": "sum(live_bytes)",
-    "live_count": "sum(live_count)",
-    "allocated": "sum(alloc_bytes)",
-    "allocations": "sum(alloc_count)",
-    "temporary": "sum(free_count)",
-    "growth": "sum(round(greatest(growth_bytes_per_s, 0)))",
-}
-
-
-def tool(*command):
-    done = subprocess.run([str(c) for c in command], capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
-
-
-@pytest.fixture(scope="module")
-def frozen(exact):
-    """The pid of a session that leaks, churns, and is stopped: its figures stand still."""
-    session = exact.session()
-    for _ in range(12):
-        session("SELECT leaky_leak(200, 1000), leaky_churn(300, 50)")
-        time.sleep(0.05)
-    session("SELECT leaky_sites(1, 20, 40)")
-    session("SELECT pg_sleep(0.3)")
-    session("SELECT 1")
-    os.kill(session.pid, signal.SIGSTOP)
-    yield session.pid
-    os.kill(session.pid, signal.SIGCONT)
-    session.close()
-
-
-@pytest.fixture(scope="module")
-def totals(exact, frozen):
-    columns = ", ".join(f"{sum}::int8 AS {name}" for name, sum in METRICS.items())
-    [row] = exact.rows(f"SELECT {columns} FROM rheap_call_sites({frozen})")
-    return row
-
-
-def folded_sum(text):
-    return sum(int(line.rsplit(" ", 1)[1]) for line in text.splitlines())
-
-
-def saved(folder, name, content):
-    path = folder / name
-    path.write_bytes(content if isinstance(content, bytes) else content.encode())
-    return path
-
-
-def pprof_file(cluster, pid, folder):
-    return saved(folder, "rheap.pb.gz", bytes.fromhex(cluster.sql(f"SELECT encode(rheap_pprof({pid}), 'hex')")))
+from reports import METRICS, folded_sum, frozen, pprof_file, saved, tool, totals  # noqa: F401 (fixtures)
 
 
 # --- Collapsed stacks and flame graphs ---
@@ -84,6 +31,17 @@ def test_a_flame_graph_is_a_picture_that_says_what_it_shows(exact, frozen, metri
     text = " ".join(t for t in root.itertext())
     assert root.tag.endswith("svg") and f"pid {frozen} (client backend, exact)" in text
     assert re.search(r"20\d\d-\d\d-\d\d \d\d:\d\d:\d\d UTC, PostgreSQL 1[5-8]\.\d+", text)
+    # Browsers and readers of screens know a picture by its first element.
+    assert root[0].tag.endswith("}title") and root[0].text.startswith("rheap: ") and f"pid {frozen} (client backend, exact)" in root[0].text
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_the_root_of_a_flame_graph_is_the_views_sum(exact, frozen, totals, metric):
+    svg = exact.sql(f"SELECT rheap_flamegraph({frozen}, '{metric}')")
+    [(sum, share)] = re.findall(r"<title>all \(([\d,]+) [^,]*, ([\d.]+)%\)</title>", svg)
+    assert (int(sum.replace(",", "")), float(share)) == (totals[metric], 100.0)
+    if metric == "live":
+        assert re.search(r"<title>leaky_leak \(2,400,000 bytes, [\d.]+%\)</title>", svg)
 
 
 def test_an_unknown_metric(exact):
@@ -136,14 +94,69 @@ def test_heaptrack_compares_two_files(exact, tmp_path):
     assert re.search(r"100\.00K leaked over 1000 calls from", text), text
 
 
+def test_a_file_of_many_events_is_thinned_out_and_what_is_alive_stays_true(exact, tmp_path):
+    session = exact.session()
+    session("SELECT leaky_churn(3000000, 50), leaky_leak(1000, 1000)")
+    session("SELECT 1")
+    [row] = exact.rows(f"SELECT sum(live_bytes) AS live, sum(alloc_count) AS allocations FROM rheap_call_sites({session.pid})")
+    file = saved(tmp_path, "rheap.heaptrack", exact.sql(f"SELECT rheap_heaptrack({session.pid})") + "\n")
+    session.close()
+    lines = file.read_text().splitlines()
+    assert lines[1].endswith(", one of 2 freed allocations is shown") and row["allocations"] > 3_000_000
+    assert 3_000_000 < sum(line[0] in "+-" for line in lines) < 4_000_000
+    tool("heaptrack_print", "--flamegraph-cost-type", "leaked", "--print-flamegraph", tmp_path / "leaked", file)
+    assert folded_sum((tmp_path / "leaked").read_text()) == row["live"]
+
+
+# --- A process that samples ---
+
+
+@pytest.fixture(scope="module")
+def sampling(exact):
+    """The pid of a session that samples one byte in 4096, and has nothing to do any more."""
+    session = exact.session("-c rheap.mode=sampled")
+    for _ in range(20):
+        session("SELECT leaky_leak(2000, 1000), leaky_churn(5000, 50)")
+    session("SELECT 1")
+    os.kill(session.pid, signal.SIGSTOP)
+    yield session.pid
+    os.kill(session.pid, signal.SIGCONT)
+    session.close()
+
+
+def test_estimates_are_the_same_in_all_files_and_say_what_they_are(exact, sampling, tmp_path):
+    columns = ", ".join(f"{sum}::int8 AS {name}" for name, sum in METRICS.items())
+    [sums] = exact.rows(f"SELECT {columns}, bool_or(NOT exact) AS estimated, max(live_bytes) AS most FROM rheap_call_sites({sampling})")
+    # 40,000 chunks of 1000 bytes: a sample of a quarter of them is within 5 % all but surely.
+    assert sums["estimated"] and 38_000_000 < sums["most"] < 42_000_000
+    file = saved(tmp_path, "rheap.heaptrack", exact.sql(f"SELECT rheap_heaptrack({sampling})") + "\n")
+    assert f"pid {sampling} (client backend, sampled)" in file.read_text().splitlines()[1]
+    for kind, metric in (("leaked", "live"), ("allocations", "allocations"), ("temporary", "temporary")):
+        tool("heaptrack_print", "--flamegraph-cost-type", kind, "--print-flamegraph", tmp_path / kind, file)
+        assert folded_sum((tmp_path / kind).read_text()) == sums[metric], kind
+    profile = pprof_file(exact, sampling, tmp_path)
+    for index, metric in PPROF_METRICS:
+        text = tool("go", "tool", "pprof", "-top", "-unit=B", f"-sample_index={index}", profile)
+        assert f" of {sums[metric]}B total" in text, text[:500]
+    for metric in METRICS:
+        assert folded_sum(exact.sql(f"SELECT rheap_folded({sampling}, '{metric}')")) == sums[metric]
+    text = exact.sql(f"SELECT rheap_report({sampling})")
+    assert "Figures with ~ are unbiased estimates from a sample." in text
+    assert re.search(rf"^alive +~{sums['live_count']:,} allocations", text, re.M), text
+    assert f"\n  ~{sums['most'] / 2**20:.1f} MB in ~" in text, text
+
+
 # --- pprof ---
+
+
+PPROF_METRICS = (
+    ("inuse_space", "live"), ("inuse_objects", "live_count"), ("alloc_space", "allocated"), ("alloc_objects", "allocations")
+)
 
 
 def test_pprof_agrees_with_the_view(exact, frozen, totals, tmp_path):
     file = pprof_file(exact, frozen, tmp_path)
-    for index, metric in (
-        ("inuse_space", "live"), ("inuse_objects", "live_count"), ("alloc_space", "allocated"), ("alloc_objects", "allocations")
-    ):
+    for index, metric in PPROF_METRICS:
         # It writes the unit that was asked for behind numbers of objects too.
         text = tool("go", "tool", "pprof", "-top", "-unit=B", f"-sample_index={index}", file)
         assert f" of {totals[metric]}B total" in text, text[:500]
@@ -211,6 +224,22 @@ def test_the_text_has_the_figures_of_the_view_and_fits_a_terminal(exact, frozen,
     assert "nothing of 2400 allocations freed" in text
 
 
+def test_the_text_marks_what_was_inlined(exact):
+    session = exact.session()
+    session("SELECT leaky_sites(1, 5, 100000)")
+    session("SELECT 1")
+    text = exact.sql(f"SELECT rheap_report({session.pid})")
+    report = json.loads(exact.sql(f"SELECT rheap_report_json({session.pid})"))
+    session.close()
+    # The module has debug information on every server here: of its two functions one is inlined into the other.
+    assert re.search(r"^ +site_step at \S*leaky\.c:\d+\s+\[inlined\]$", text, re.M), text
+    assert re.search(r"^ +site_(odd|even) at \S*leaky\.c:\d+$", text, re.M), text
+    # All of them are marked in the report for programs too, the server's own on 17 among them.
+    marked = set(re.findall(r"^ +(\w+) at \S+\s+\[inlined\]$", text, re.M))
+    assert marked <= {f["function"] for f in report["frames"] if f["inlined"]}
+    assert not marked & {"site_odd", "site_even", "leaky_sites", "main"}
+
+
 def test_json_is_as_its_schema_says_and_as_the_views_say(exact, frozen, totals):
     import jsonschema
 
@@ -253,109 +282,3 @@ def test_memory_for_reports_is_given_back(exact):
         reader(reports)
     assert anonymous() - before < 4096, "kB that five more rounds cost the asking backend"
     reader.close()
-
-
-# --- The page ---
-
-
-@pytest.fixture(scope="module")
-def page(exact, frozen, tmp_path_factory):
-    from browser import Browser
-
-    file = saved(tmp_path_factory.mktemp("page"), "report.html", exact.sql(f"SELECT rheap_html({frozen})"))
-    with Browser() as browser:
-        browser.open(file)
-        browser.file = file
-        yield browser
-
-
-def cells(page, column):
-    return page.run(f"return [...document.querySelectorAll('#site-table tbody tr')].map(r => r.children[{column}].textContent)")
-
-
-def test_the_page_loads_without_a_complaint_and_asks_no_one(page, frozen):
-    assert page.log() == []
-    assert str(frozen) in page.run("return document.querySelector('h1').textContent")
-    assert page.run("return performance.getEntriesByType('resource').length") == 0
-
-
-def test_the_page_shows_the_leak_with_its_reason_and_growth(page):
-    [leak] = page.run("return [...document.querySelectorAll('.leak')].map(l => l.textContent)")
-    assert "leaky_leak" in leak and "nothing of 2400 allocations freed" in leak and "2.29 MB" in leak
-    charts = page.run("return [...document.querySelectorAll('.chart polyline')].map(l => l.getAttribute('points').split(' ').length)")
-    assert charts and min(charts) > 1
-    assert "TopMemoryContext" in page.run("return document.querySelector('.chart').textContent")
-
-
-def test_the_table_sorts_and_filters_by_mouse_and_keyboard(page):
-    head = "#site-table th:nth-child({}) button"
-    values = "const key = arguments[0]; return data.call_sites.map(s => s[key]).sort((a, b) => b - a)"
-    assert page.run("return document.querySelector('#site-table th:nth-child(3)').getAttribute('aria-sort')") == "descending"
-    page.click(head.format(6))
-    most = page.run(values, "alloc_count")
-    number = lambda text: int(text.replace(",", "").replace("~", ""))
-    assert [number(c) for c in cells(page, 5)] == most[:200]
-    page.keys(head.format(6), "\ue007")  # Enter: the other way round
-    assert [number(c) for c in cells(page, 5)] == most[::-1][:200]
-    page.keys("#filter", "leaky_leak topmemory")
-    assert [c.split("\n")[0] for c in cells(page, 1)] == ["leaky_leak"]
-    page.click("#site-table details summary")
-    page.find("#site-table ol.stack")
-    assert "main at" in page.run("return document.querySelector('#site-table ol.stack').textContent")
-    page.run("document.querySelector('#filter').value = ''; document.querySelector('#filter').dispatchEvent(new Event('input'))")
-    assert page.log() == []
-
-
-def test_the_flame_graph_zooms_and_searches_by_mouse_and_keyboard(page):
-    widths = "const all = {}; for (const f of document.querySelectorAll('#graph .frame')) all[f.node.name] = f.getBoundingClientRect().width; return all"
-    full = page.run("return document.querySelector('#graph').clientWidth")
-    before = page.run(widths)
-    assert before["all"] == pytest.approx(full, abs=2) and before["leaky_leak"] < full - 10
-    page.run("[...document.querySelectorAll('#graph .frame')].find(f => f.node.name === 'leaky_leak').click()")
-    assert page.run(widths)["leaky_leak"] == pytest.approx(full, abs=2)
-    page.keys("#graph", "\ue00c")  # Escape
-    assert page.run(widths) == before
-    # Arrow down twice, Enter: the backend type's child.
-    page.keys("#graph", "\ue015\ue015\ue007")
-    assert page.run("return zoomed.depth") == 2
-    page.click("#zoom-out")
-    page.keys("#flame-search", "leaky_leak")
-    assert page.run("return [...document.querySelectorAll('.frame.found')].map(f => f.node.name)") == ["leaky_leak"]
-    assert "found in" in page.run("return document.querySelector('#flame-status').textContent")
-    assert page.log() == []
-
-
-def test_every_metric_of_the_page_has_the_views_sum(page, totals):
-    for index, metric in enumerate(METRICS):
-        page.run("const m = document.querySelector('#metric'); m.selectedIndex = arguments[0]; m.dispatchEvent(new Event('change'))", index)
-        assert page.run("return flameRoot.value") == totals[metric], metric
-    page.run("const m = document.querySelector('#metric'); m.selectedIndex = 0; m.dispatchEvent(new Event('change'))")
-
-
-def test_the_page_is_light_or_dark_and_fits_a_phone(page):
-    paper = "return getComputedStyle(document.body).backgroundColor"
-    page.prefer("light")
-    light = page.run(paper)
-    page.prefer("dark")
-    assert page.run(paper) != light
-    page.click("#theme")
-    assert page.run(paper) == light
-    page.narrow(390, 800)
-    assert page.run("return document.documentElement.scrollWidth") <= 390
-    assert page.log() == []
-
-
-def test_the_svg_searches_and_zooms_in_a_browser(exact, frozen, tmp_path):
-    from browser import Browser
-
-    file = saved(tmp_path, "flame.svg", exact.sql(f"SELECT rheap_flamegraph({frozen})"))
-    with Browser() as browser:
-        browser.open(file)
-        box = "const g = [...document.querySelectorAll('#frames g')].find(g => g.querySelector('title').textContent.startsWith('leaky_leak '));"
-        width = box + "return g.querySelector('rect').getBoundingClientRect().width"
-        before = browser.run(width)
-        browser.run(box + "g.querySelector('rect').dispatchEvent(new MouseEvent('click', {bubbles: true}))")
-        assert browser.run(width) > before * 1.05
-        browser.run("search('leaky_leak')")
-        assert "%" in browser.run("return document.getElementById('matched').textContent")
-        assert [entry for entry in browser.log() if entry["level"] == "SEVERE"] == []
