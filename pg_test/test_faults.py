@@ -272,6 +272,42 @@ def test_a_process_without_memory_gets_errors_and_goes_on(cluster, session):
     consistent(cluster)
 
 
+def test_an_answer_that_does_not_fit_into_memory_is_an_error_of_its_session(cluster, session):
+    """rheap's own heap cannot grow, at ever other places of its answers: none of them may end the process."""
+    before = cluster.log_text()
+    session("SELECT leaky_leak(1000, 100), leaky_context('AllocSet', 200, 64, 'keep')")
+    answers = [
+        "SELECT count(stack) FROM rheap_leaks", "SELECT count(stack) FROM rheap_call_sites", "SELECT count(*) FROM rheap_contexts",
+        "SELECT count(*) FROM rheap_processes", "SELECT count(stack) FROM rheap_ended", "SELECT length(rheap_report())",
+        "SELECT rheap_report_json() IS NULL", "SELECT length(rheap_html())", "SELECT length(rheap_pprof())",
+        "SELECT count(*) FROM rheap_check('SELECT leaky_leak(10, 100)', 4, 1)",
+    ]
+    refused = {}
+    for answer in answers:
+        asker = cluster.session()
+        asker("SELECT leaky_leak(1000, 100)")
+        # The reserve has 64 MB: below them there is no answer, above them one that breaks off somewhere.
+        for kilobytes in (0, 4000, 65_500, 66_500, 67_000, 67_500, 68_000, 69_000, 71_000, 80_000, 120_000):
+            size = int(open(f"/proc/{asker.pid}/status").read().split("VmSize:")[1].split()[0]) * 1024
+            run("prlimit", f"--pid={asker.pid}", f"--as={size + (kilobytes << 10)}:")
+            try:
+                asker(answer)
+            except SqlError as error:
+                assert error.sqlstate == "53200", (answer, kilobytes, error)
+                refused.setdefault(answer, []).append(kilobytes)
+            run("prlimit", f"--pid={asker.pid}", "--as=unlimited:")
+        # Whole again.
+        assert asker(answer) != ""
+        asker.close()
+    assert all(4000 in refused[answer] for answer in answers), refused
+    # Some had begun to build their answer when there was no more room.
+    assert sum(kilobytes > 67_000 for places in refused.values() for kilobytes in places) >= 5, refused
+    assert session("SELECT 1") == "1"
+    log = cluster.log_text()[len(before):]
+    assert "terminated by" not in log and "PANIC" not in log
+    consistent(cluster)
+
+
 def test_a_session_that_starts_without_memory_dies_alone(slow_server):
     """A FATAL error: the server frees what belongs to its report, so that has to be the server's own."""
     with Cluster(slow_server, rheap__mode="exact") as cluster:

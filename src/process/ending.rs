@@ -1,5 +1,6 @@
 //! The last words of a process, and those that others say for one that was killed.
 
+use std::ffi::CStr;
 use std::fmt::Write;
 use std::sync::atomic::Ordering::*;
 
@@ -85,9 +86,8 @@ impl<const N: usize> Text<N> {
         str::from_utf8(&self.bytes[..self.length]).unwrap_or("")
     }
 
-    /// All of its memory; the text ends at the first zero.
-    pub fn with_zero(&self) -> &[u8] {
-        &self.bytes
+    pub fn as_c_str(&self) -> &CStr {
+        CStr::from_bytes_until_nul(&self.bytes).unwrap_or_default()
     }
 
     pub fn clear(&mut self) {

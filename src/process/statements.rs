@@ -225,9 +225,10 @@ pub fn answers() {
 #[cold]
 #[inline(never)]
 fn give_back() {
-    // SAFETY: as for `guarded`; a plain write, and a call that touches nothing in use.
+    // SAFETY: as for `guarded`; a plain write, and calls that touch nothing in use.
     unsafe {
         current().has_answered = false;
+        crate::reserve::end();
         libc::malloc_trim(0);
     }
 }

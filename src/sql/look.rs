@@ -30,6 +30,7 @@ impl Look {
     pub fn take(function: &str, pid: Option<i32>) -> Self {
         let (share, slots) = super::slots(function, pid);
         let held = |(index, slot): (u32, &'static Slot)| {
+            super::pause();
             // Who still has to forget holds nothing already.
             let counts = !slot.reset_pending();
             let sites = share.sites.owned(index).take_while(|_| counts).flat_map(|chunk| share.sites.rows_of(chunk));

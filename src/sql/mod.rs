@@ -26,7 +26,7 @@ use pgrx::{PgLogLevel, PgSqlErrorCode, pg_sys};
 
 use crate::share::Share;
 use crate::share::slot::{POSTMASTER, Slot};
-use crate::{hook, load, process};
+use crate::{hook, load, pg_compat, process, reserve};
 
 /// Raises an ERROR.
 fn refuse(code: PgSqlErrorCode, message: String, hint: &str) -> ! {
@@ -37,6 +37,24 @@ fn refuse(code: PgSqlErrorCode, message: String, hint: &str) -> ! {
 /// The argument, or the ERROR that says that NULL is none.
 fn given<T>(argument: Option<T>, message: &str, hint: &str) -> T {
     argument.unwrap_or_else(|| refuse(PgSqlErrorCode::ERRCODE_NULL_VALUE_NOT_ALLOWED, message.into(), hint))
+}
+
+/// A safe place in a long answer: it ends here if somebody has cancelled it, or if there is no memory for it.
+fn pause() {
+    require(0);
+    pgrx::check_for_interrupts!();
+}
+
+/// The server is about to allocate so many bytes for an answer.
+fn require(bytes: usize) {
+    if reserve::is_touched() || !reserve::has_room(bytes) {
+        reserve::lighten();
+        refuse(
+            PgSqlErrorCode::ERRCODE_OUT_OF_MEMORY,
+            "out of memory".into(),
+            pg_compat::NO_MEMORY_HINT.to_str().unwrap_or_default(),
+        );
+    }
 }
 
 /// The slots of one process or of all, or the ERROR that says what to do instead.
@@ -91,6 +109,10 @@ fn share() -> Share {
     match unsafe { process::current() }.share {
         Some(share) if hook::is_hooked() => {
             process::answers();
+            if !reserve::begin() {
+                pg_compat::raise_out_of_memory();
+            }
+            pause();
             share
         }
         _ => refuse(

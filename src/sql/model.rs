@@ -13,7 +13,9 @@ use crate::symbols::{Frame, place};
 
 /// Writes something from what is known of one process or of all now.
 pub fn with_model<T>(function: &str, pid: Option<i32>, write: impl FnOnce(&Model) -> T) -> T {
-    write(&model(function, pid))
+    let model = model(function, pid);
+    super::pause();
+    write(&model)
 }
 
 fn model(function: &str, pid: Option<i32>) -> Model {
@@ -36,6 +38,7 @@ fn model(function: &str, pid: Option<i32>) -> Model {
     let mut known_modules: HashMap<String, u32> = HashMap::new();
     let mut sites = Vec::with_capacity(rows.len());
     for row in rows {
+        super::pause();
         let mut stack = Vec::new();
         for word in share.stacks.get(row.copy.stack) {
             let index = *known_calls.entry(word).or_insert_with(|| {

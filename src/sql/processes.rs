@@ -60,6 +60,7 @@ fn rheap_processes(
 /// The rows of the view.
 pub fn processes(slots: impl Iterator<Item = &'static Slot>) -> Vec<Process> {
     let process = |slot: &Slot| {
+        super::pause();
         let pid = slot.pid.load(Acquire);
         let (own_bytes, context_bytes) = (slot.own_bytes.load(Relaxed), slot.context_bytes.load(Relaxed));
         let (allocations, frees, captures) = slot.figures();

@@ -4,6 +4,7 @@ pub mod moved;
 pub mod path;
 
 use std::collections::HashMap;
+use std::fmt::Write;
 use std::sync::atomic::Ordering::*;
 
 use crate::hook::{self, Table as MethodTable};
@@ -11,11 +12,13 @@ use crate::ledger::account::{HISTORY, SiteCopy};
 use crate::ledger::region::Budget;
 use crate::ledger::table::{Entry, Table};
 use crate::pg_compat::{self, MemoryContext};
-use crate::process::{self, Process};
+use crate::process::{self, Process, Text};
+use crate::reserve;
 use crate::settings;
 use crate::share::Share;
 use crate::share::row::Seen;
 use crate::share::slot::Slot;
+use crate::stack::{CUT, unframe};
 use crate::verdict::proportion::Held;
 use crate::verdict::{Progress, Verdict, caches, judge_account};
 use moved::Moved;
@@ -257,6 +260,9 @@ fn is_leak(share: &Share, progress: &Progress, copy: &SiteCopy) -> bool {
         && !caches::may_be_cache(&share.path_name(copy.path), judgement.generations)
 }
 
+/// Leaks that are logged after one walk; others wait for the next.
+const LOGGED: usize = 16;
+
 /// After a walk, with `rheap.log_leaks`: one line for each leak that is seen for the first time.
 pub fn log_new_leaks() {
     // SAFETY: between two messages; no hook is at work.
@@ -265,27 +271,42 @@ pub fn log_new_leaks() {
         return;
     }
     let (Some(share), Some(slot)) = (process.share, process.slot()) else { return };
+    // Reasons are texts, which take memory, and there may be none.
+    let Some(_held) = reserve::hold() else { return };
     let progress = Progress::of(slot);
-    let mut leaks = Vec::new();
+    // Noted first: what logs them allocates, and so comes back to these books.
+    let (mut leaks, mut found) = ([0; LOGGED], 0);
     process.ledger.each_site(|id| {
         let site = &share.sites.rows[id as usize];
-        if let Some(copy) = site.copy()
+        if found < LOGGED
+            && let Some(copy) = site.copy()
             && is_leak(&share, &progress, &copy)
             && site.first_report()
         {
-            leaks.push(copy);
+            leaks[found] = id;
+            found += 1;
         }
     });
-    for copy in leaks {
-        let frames = share.stacks.get(copy.stack);
-        let stack: Vec<String> = frames.iter().take(8).map(|&f| crate::symbols::address(&share, f)).collect();
-        pgrx::log!(
-            "rheap: leak of {} bytes in {} allocations in {} at {}; SELECT * FROM rheap_leaks({}) names the functions",
-            copy.live_bytes,
-            copy.live_count,
-            share.path_name(copy.path),
-            stack.join(" < "),
-            std::process::id(),
-        );
+    for copy in leaks[..found].iter().filter_map(|&id| share.sites.rows[id as usize].copy()) {
+        let mut line = Text::<2048>::new();
+        // One that is cut short is still one.
+        let _ = write_leak(&mut line, &share, &copy);
+        pg_compat::log(line.as_c_str());
     }
+}
+
+fn write_leak(line: &mut impl Write, share: &Share, copy: &SiteCopy) -> std::fmt::Result {
+    write!(line, "rheap: leak of {} bytes in {} allocations in ", copy.live_bytes, copy.live_count)?;
+    share.write_path(copy.path, line)?;
+    for (i, word) in share.stacks.words_of(copy.stack).iter().take(8).enumerate() {
+        line.write_str(if i == 0 { " at " } else { " < " })?;
+        match word.load(Relaxed) {
+            CUT => line.write_str("(cut)")?,
+            word => {
+                let (module, offset) = unframe(word);
+                process::write_address(line, share, module, offset)?;
+            }
+        }
+    }
+    write!(line, "; SELECT * FROM rheap_leaks({}) names the functions", std::process::id())
 }
