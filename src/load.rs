@@ -28,6 +28,7 @@ pub fn init() {
     pgrx::debug1!("rheap walks the server's stacks by {way}");
     if result.is_ok() {
         query_ids::install();
+        process::install();
     }
     if let Err(reason) = result {
         warning!("rheap runs without its hooks and records nothing: {reason}");

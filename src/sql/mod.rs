@@ -58,7 +58,7 @@ fn require(bytes: usize) {
 }
 
 /// The slots of one process or of all, or the ERROR that says what to do instead.
-fn slots(function: &str, pid: Option<i32>) -> (Share, Vec<(u32, &'static Slot)>) {
+fn slots(function: &str, pid: Option<i32>) -> (Share, Vec<(u32, i32, &'static Slot)>) {
     let share = share();
     crate::process::settle();
     // SAFETY: a plain system call.
@@ -68,7 +68,7 @@ fn slots(function: &str, pid: Option<i32>) -> (Share, Vec<(u32, &'static Slot)>)
     }
     let mut live: Vec<_> = share.live_slots().collect();
     if let Some(pid) = pid {
-        live.retain(|(_, slot)| slot.pid.load(Acquire) == pid);
+        live.retain(|&(_, owner, _)| owner == pid);
         if live.is_empty() && pid != own {
             refuse(
                 PgSqlErrorCode::ERRCODE_INVALID_PARAMETER_VALUE,
@@ -124,7 +124,7 @@ fn share() -> Share {
 }
 
 /// As in `pg_stat_activity`.
-fn backend_type(slot: &Slot) -> String {
+fn backend_type(pid: i32, slot: &Slot) -> String {
     let kind = slot.backend_type.load(Relaxed);
     if kind == POSTMASTER {
         return "postmaster".into();
@@ -132,7 +132,7 @@ fn backend_type(slot: &Slot) -> String {
     // SAFETY: both return static or shared strings, or NULL for a worker that has just ended.
     unsafe {
         let worker = if kind == pg_sys::BackendType::B_BG_WORKER as i32 {
-            pg_sys::GetBackgroundWorkerTypeByPid(slot.pid.load(Acquire))
+            pg_sys::GetBackgroundWorkerTypeByPid(pid)
         } else {
             std::ptr::null()
         };

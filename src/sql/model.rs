@@ -22,7 +22,7 @@ fn model(function: &str, pid: Option<i32>) -> Model {
     let look = Look::take(function, pid);
     let taken_at = crate::process::now();
     let share = look.share;
-    let processes = processes(look.processes.iter().map(|held| held.slot));
+    let processes = processes(look.processes.iter().map(|held| (held.pid, held.slot)));
     let mut namer = Namer::new(&share);
     let contexts = contexts(&look, &mut namer);
     let leaks = leaks(&look, &mut namer).into_iter().map(|named| {
