@@ -64,9 +64,10 @@ def pytest_collection_modifyitems(config, items):
         return
 
     def version(item):
-        parameters = getattr(item, "callspec", None) and item.callspec.params
-        by_fixture = next((n[2:4] for n in item.fixturenames if n.startswith("pg1")), None)
-        return (parameters or {}).get("server") or (parameters or {}).get("slow_server") or by_fixture
+        parameters = item.callspec.params if hasattr(item, "callspec") else {}
+        # A server by its version, or one of the fixtures above by its name.
+        by_name = (str(p)[2:4] for p in [parameters.get("version"), *item.fixturenames] if str(p).startswith("pg1"))
+        return parameters.get("server") or parameters.get("slow_server") or next(by_name, None)
 
     config.hook.pytest_deselected(items=[i for i in items if version(i) != wanted])
     items[:] = [i for i in items if version(i) == wanted]

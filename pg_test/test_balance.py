@@ -73,3 +73,30 @@ def test_the_books_balance_with_the_servers_statistics(server, end):
             if not (low and high):
                 off.append(r)
         assert off == []
+
+
+def test_what_is_freed_is_counted(server):
+    """By work of which the number of frees is known: that allocations less frees are what lives is true of any number."""
+    with Cluster(server, rheap__mode="exact", rheap__walk_interval="1h") as cluster:
+        cluster.run_file(HERE / "modules/leaky.sql")
+        session = cluster.session()
+        work = "SELECT leaky_churn({0}, 64), leaky_leak({1}, 100), leaky_context('AllocSet', {2}, 64, 'delete'), leaky_context('Generation', {2}, 64, 'reset')"
+        figures = lambda: [int(n) for n in cluster.sql(f"SELECT allocations, frees FROM rheap_processes({session.pid})").split()]
+        before, numbers = None, []
+        # The first calls fill caches, and the two after them tell what a call takes anyway.
+        for step in [(1, 1, 1), (1, 1, 1), (1, 1, 1), (5001, 801, 301)]:
+            session(work.format(*step))
+            after = figures()
+            numbers.append([b - a for a, b in zip(before, after)] if before else None)
+            before = after
+        allocations, frees = (last - usual for last, usual in zip(numbers[-1], numbers[-2]))
+        # Contexts of their own come and go with what is in them.
+        assert (allocations, frees) == (5000 + 800 + 600, 5000 + 600), numbers
+        counted = cluster.sql(
+            f"SELECT function, sum(alloc_count), sum(free_count), sum(live_count), sum(free_bytes) FROM rheap_call_sites({session.pid}) "
+            "WHERE function IN ('leaky_churn', 'leaky_leak', 'leaky_context') AND context NOT LIKE '%/leaky%' GROUP BY 1 ORDER BY 1"
+        )
+        rows = {row.split("\t")[0]: [int(n) for n in row.split("\t")[1:]] for row in counted.splitlines()}
+        assert rows["leaky_churn"] == [5004, 5004, 0, 5004 * 64]
+        assert rows["leaky_leak"] == [804, 0, 804, 0]
+        session.close()

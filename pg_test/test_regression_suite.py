@@ -84,8 +84,9 @@ def test_the_servers_regression_suite_passes_with_rheap(pg17_control, settings):
         unharmed(cluster)
 
 
-def test_the_servers_isolation_suite_passes_with_rheap(pg17_control):
-    with Cluster(pg17_control, **COMMON, **ALL) as cluster:
+@pytest.mark.parametrize("settings", SETTINGS)
+def test_the_servers_isolation_suite_passes_with_rheap(pg17_control, settings):
+    with Cluster(pg17_control, **COMMON, **SETTINGS[settings]) as cluster:
         suite, differences = isolation(cluster, pg17_control.parent.parent / "isolation")
         assert suite.returncode == 0, differences[:5000] or suite.stdout
         assert re.search(r"# All \d+ tests passed.", suite.stdout)

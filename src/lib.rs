@@ -12,6 +12,11 @@ compile_error!(
     "rheap supports Linux on x86_64 only: it replaces entries of the server's method tables in place and walks stacks \
      by the rules of that platform. It does not build on Windows, macOS, or for 32 bits."
 );
+#[cfg(all(target_os = "linux", not(target_env = "gnu")))]
+compile_error!(
+    "rheap needs the GNU C library: it gives memory back with malloc_trim and asks the dynamic linker for symbols with \
+     dladdr1, which musl does not have"
+);
 #[cfg(not(any(feature = "pg15", feature = "pg16", feature = "pg17", feature = "pg18")))]
 compile_error!(
     "rheap must know the server's major version: make install PG_CONFIG=..., or --features pg15, pg16, pg17 or pg18"
@@ -29,6 +34,7 @@ mod pg_compat;
 mod proc_maps;
 mod process;
 mod query_ids;
+mod reserve;
 mod settings;
 pub mod share;
 mod sql;
@@ -41,6 +47,9 @@ mod walk;
 use pgrx::prelude::*;
 
 ::pgrx::pg_module_magic!(name, version);
+
+#[global_allocator]
+static HEAP: reserve::Heap = reserve::Heap;
 
 #[pg_guard]
 pub extern "C-unwind" fn _PG_init() {

@@ -1,6 +1,6 @@
 //! What differs between major versions of the server. Nothing outside this file asks for the version.
 
-use core::ffi::{c_int, c_void};
+use core::ffi::{CStr, c_char, c_int, c_void};
 use pgrx::pg_sys;
 
 pub use pg_sys::{MemoryContext, MemoryContextMethods as Methods};
@@ -37,16 +37,8 @@ pub type Realloc = unsafe extern "C-unwind" fn(*mut c_void, usize, c_int) -> *mu
 /// `TopMemoryContext` is set; called outside the hooks, since it may palloc.
 #[cfg(feature = "pg15")]
 pub unsafe fn base_tables() -> [*mut Methods; KIND_COUNT] {
-    // SAFETY: plain calls of the server's functions. A throw-away context of each kind shows where its table is.
-    unsafe {
-        let generation = pg_sys::GenerationContextCreate(pg_sys::TopMemoryContext, c"rheap".as_ptr(), 0, 8192, 8192);
-        let slab = pg_sys::SlabContextCreate(pg_sys::TopMemoryContext, c"rheap".as_ptr(), 8192, 64);
-        let of = |context: MemoryContext| (*context).methods.cast_mut();
-        let tables = [of(pg_sys::TopMemoryContext), of(generation), of(slab)];
-        pg_sys::MemoryContextDelete(generation);
-        pg_sys::MemoryContextDelete(slab);
-        tables
-    }
+    // SAFETY: the caller's promise.
+    unsafe { tables_of_throw_away_contexts() }
 }
 
 #[cfg(not(feature = "pg15"))]
@@ -58,13 +50,34 @@ pub unsafe fn base_tables() -> [*mut Methods; KIND_COUNT] {
     std::array::from_fn(|kind| allocset.wrapping_offset(INDEX[kind] - INDEX[0]))
 }
 
+/// The tables that a context of each kind points at, which shows where they are.
+///
+/// # Safety
+/// As for `base_tables`.
+pub unsafe fn tables_of_throw_away_contexts() -> [*mut Methods; KIND_COUNT] {
+    // SAFETY: plain calls of the server's functions.
+    unsafe {
+        let top = pg_sys::TopMemoryContext;
+        let contexts = [
+            top,
+            pg_sys::GenerationContextCreate(top, c"rheap".as_ptr(), 0, 8192, 8192),
+            pg_sys::SlabContextCreate(top, c"rheap".as_ptr(), 8192, 64),
+            #[cfg(any(feature = "pg17", feature = "pg18"))]
+            pg_sys::BumpContextCreate(top, c"rheap".as_ptr(), 0, 8192, 8192),
+        ];
+        let tables = contexts.map(|context| (*context).methods.cast_mut());
+        contexts[1..].iter().for_each(|&context| pg_sys::MemoryContextDelete(context));
+        tables
+    }
+}
+
 /// Whether the layout of the method table fits the running server, as far as that can be asked: builds with
 /// assertions have one member more, which the module magic does not cover.
 pub fn layout_fits() -> Result<(), &'static str> {
     // SAFETY: the setting exists in every version; missing_ok makes it NULL otherwise.
     let assertions = unsafe {
         let value = pg_sys::GetConfigOption(c"debug_assertions".as_ptr(), true, false);
-        !value.is_null() && core::ffi::CStr::from_ptr(value) == c"on"
+        !value.is_null() && CStr::from_ptr(value) == c"on"
     };
     let base = match () {
         _ if cfg!(feature = "pg15") => 8,
@@ -102,7 +115,7 @@ unsafe fn call_jumble(state: *mut pg_sys::ParseState, query: *mut pg_sys::Query)
     // SAFETY: the caller's promise.
     unsafe {
         unsafe extern "C-unwind" {
-            fn JumbleQuery(query: *mut pg_sys::Query, text: *const core::ffi::c_char) -> *mut pg_sys::JumbleState;
+            fn JumbleQuery(query: *mut pg_sys::Query, text: *const c_char) -> *mut pg_sys::JumbleState;
         }
         JumbleQuery(query, (*state).p_sourcetext)
     }
@@ -116,6 +129,54 @@ unsafe fn call_jumble(state: *mut pg_sys::ParseState, query: *mut pg_sys::Query)
         JumbleQuery(query)
     }
 }
+
+// Declared here, since the bindings' wrappers make panics of errors, which takes memory.
+unsafe extern "C-unwind" {
+    fn errstart(level: c_int, domain: *const c_char) -> bool;
+    fn errcode(code: c_int) -> c_int;
+    fn errmsg_internal(format: *const c_char, ...) -> c_int;
+    fn errhint(format: *const c_char, ...) -> c_int;
+    fn errfinish(file: *const c_char, line: c_int, function: *const c_char);
+}
+
+/// Writes a line to the server log, from wherever the server could. Nothing is interrupted for it: the server would
+/// look for a cancel afterwards, in the middle of somebody's palloc. Takes no memory of Rust's.
+pub fn log(line: &CStr) {
+    // The server takes some kilobytes, and the postmaster dies of an error: without them there is no line.
+    const ENOUGH: usize = 64 << 10;
+    // SAFETY: calls of the server and of the C library with valid texts; the counter is the server's, in its thread.
+    unsafe {
+        let memory = libc::malloc(ENOUGH);
+        if memory.is_null() {
+            return;
+        }
+        libc::free(memory);
+        pg_sys::InterruptHoldoffCount += 1;
+        if errstart(pgrx::PgLogLevel::LOG as c_int, std::ptr::null()) {
+            errmsg_internal(c"%s".as_ptr(), line.as_ptr());
+            errfinish(c"rheap".as_ptr(), 0, std::ptr::null());
+        }
+        pg_sys::InterruptHoldoffCount -= 1;
+    }
+}
+
+/// Raises the ERROR of a process that has no memory left, without any, and without unwinding: values on the way are
+/// lost.
+pub fn raise_out_of_memory() {
+    // SAFETY: as above. The server's last handler is where it returns to.
+    unsafe {
+        if errstart(pgrx::PgLogLevel::ERROR as c_int, std::ptr::null()) {
+            errcode(pgrx::PgSqlErrorCode::ERRCODE_OUT_OF_MEMORY as c_int);
+            errmsg_internal(c"out of memory".as_ptr());
+            errhint(NO_MEMORY_HINT.as_ptr());
+            errfinish(c"rheap".as_ptr(), 0, std::ptr::null());
+        }
+    }
+}
+
+/// What to do where an answer does not fit into memory.
+pub const NO_MEMORY_HINT: &CStr =
+    c"An answer takes up to some hundred megabytes for a moment. Ask from another session, or raise the limit of this process's address space.";
 
 /// When the statement at hand began, or the last one; microseconds since 2000-01-01.
 #[inline(always)]

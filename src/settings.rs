@@ -118,6 +118,9 @@ pub fn min_leak_bytes() -> u64 {
 pub fn stack_depth() -> usize {
     raw(STACK_DEPTH.as_ptr()) as usize
 }
+pub fn memory_limit() -> usize {
+    raw(MEMORY_LIMIT_KB.as_ptr()) as usize * 1024
+}
 pub fn max_call_sites() -> usize {
     raw(MAX_CALL_SITES.as_ptr()) as usize
 }

@@ -5,8 +5,6 @@ cd "$(dirname "$0")/../.."
 . pg_test/scripts/needs.sh
 # make test PG=18: only the tests of that version on its server.
 only=${PG:-}
-# Each costs half a second; all 200 are tried with RHEAP_TEST_KILLS=200.
-export RHEAP_TEST_KILLS=${RHEAP_TEST_KILLS:-40}
 step=start
 passed=0 failed=0 failures=()
 started=$SECONDS

@@ -144,7 +144,7 @@ proptest! {
         for site in share.sites.rows { let _ = (site.copy(), site.held(), site.generations()); }
         for row in share.rows.rows { let _ = (row.copy(), row.held()); }
         for slot in share.slots { slot::alive(slot.pid.load(Relaxed)); }
-        share.release_dead(u32::MAX);
+        share.release_dead(None);
         let claimed = share.claim_slot(std::process::id() as i32, 4);
         prop_assert!(claimed.is_some());
         prop_assert_eq!(share.sites.owned(claimed.unwrap()).count(), 0);

@@ -41,10 +41,18 @@ pub unsafe fn install() -> Result<(), String> {
 ///
 /// # Safety
 /// The tree is consistent: at the entry or exit of a palloc, not in a signal handler.
-pub unsafe fn each_context(mut visit: impl FnMut(MemoryContext, usize) -> bool) {
+pub unsafe fn each_context(visit: impl FnMut(MemoryContext, usize) -> bool) {
+    // SAFETY: the caller's promise; the server has set TopMemoryContext.
+    unsafe { each_context_from(pg_sys::TopMemoryContext, visit) }
+}
+
+/// The same for one context and all below it. Without recursion, for which there may not be the stack.
+///
+/// # Safety
+/// As for `each_context`, with a live context.
+pub unsafe fn each_context_from(top: MemoryContext, mut visit: impl FnMut(MemoryContext, usize) -> bool) {
     // SAFETY: the links of a consistent tree; contexts are not changed by the visitor.
     unsafe {
-        let top = pg_sys::TopMemoryContext;
         let (mut context, mut depth) = (top, 0);
         while !context.is_null() {
             if visit(context, depth) && !(*context).firstchild.is_null() {

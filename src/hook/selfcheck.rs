@@ -1,6 +1,6 @@
 //! Is this the server that rheap was built for, with its allocators as it left them? If not, hands off.
 
-use crate::pg_compat::{KIND_COUNT, KINDS, Methods};
+use crate::pg_compat::{self, KIND_COUNT, KINDS, Methods};
 use pgrx::pg_sys;
 
 /// Error: what does not fit, in words for the log.
@@ -28,7 +28,12 @@ pub unsafe fn check(bases: &[*mut Methods; KIND_COUNT]) -> Result<(), String> {
             ));
         }
     }
-    Ok(())
+    // SAFETY: the tables that are called through have just been found to be the server's own.
+    let met = unsafe { pg_compat::tables_of_throw_away_contexts() };
+    match (0..KIND_COUNT).find(|&kind| met[kind] != bases[kind]) {
+        Some(kind) => Err(format!("the method table of {} is not where its contexts have it", KINDS[kind])),
+        None => Ok(()),
+    }
 }
 
 fn ranges(wanted: impl Fn(&str, &str) -> bool) -> Vec<(u64, u64)> {

@@ -1,7 +1,10 @@
 //! The last words of a process, and those that others say for one that was killed.
 
+use std::ffi::CStr;
 use std::fmt::Write;
-use std::sync::atomic::Ordering::*;
+use std::sync::atomic::{AtomicPtr, Ordering::*};
+
+use pgrx::pg_sys;
 
 use super::{Process, State, current, precisely_now};
 use crate::ledger::Due;
@@ -55,18 +58,48 @@ pub fn bury_dead() {
     }
 }
 
-/// The postmaster logs a message, untranslated here. What it has to say of its children's ends comes at the right
-/// moments: of one that was killed before it ends the others, and of the last of them before it starts anew.
+/// The postmaster logs a message, untranslated here. Before it ends the others it says who was killed: whoever is dead
+/// now is a victim, whoever is found dead later was ended because of that. With `log_min_messages` at `fatal` it says
+/// nothing, and all of them count as killed.
 pub fn postmaster_logs(message: &[u8]) {
     bury_dead();
     // SAFETY: only copied.
-    let (share, own) = unsafe { (current().share, current().slot) };
-    let Some(share) = share.filter(|share| share.cluster) else { return };
-    match message {
-        b"terminating any other active server processes" => share.endings.killed(precisely_now()),
-        // Nobody else is there now, but for a collector of logs, which lives.
-        b"all server processes terminated; reinitializing" => share.release_dead(own),
-        _ => (),
+    let share = unsafe { current() }.share.filter(|share| share.cluster);
+    if message == b"terminating any other active server processes"
+        && let Some(share) = share
+    {
+        share.endings.killed(precisely_now());
+    }
+}
+
+static PREVIOUS_STARTUP: AtomicPtr<()> = AtomicPtr::new(std::ptr::null_mut());
+
+/// Hooks into the making of the server's shared memory, which the postmaster does again after a crash. Called once, from
+/// `_PG_init`.
+pub fn install() {
+    // SAFETY: the hook is a global of the server, set while libraries load, in its only thread.
+    unsafe {
+        PREVIOUS_STARTUP.store(pg_sys::shmem_startup_hook.map_or(std::ptr::null_mut(), |h| h as *mut ()), Relaxed);
+        pg_sys::shmem_startup_hook = Some(starts);
+    }
+}
+
+/// The server starts, perhaps anew: nobody else is there now, but for a collector of logs, which lives.
+unsafe extern "C-unwind" fn starts() {
+    // SAFETY: what stood in the hook before is called as the server would; the rest only copies.
+    unsafe {
+        let previous = PREVIOUS_STARTUP.load(Relaxed);
+        if !previous.is_null() {
+            let previous: unsafe extern "C-unwind" fn() = std::mem::transmute(previous);
+            previous();
+        }
+        let process = current();
+        if pg_sys::PostmasterPid == libc::getpid()
+            && let Some(share) = process.share.filter(|share| share.cluster)
+        {
+            bury_dead();
+            share.release_dead(process.own_slot.map(|_| process.slot));
+        }
     }
 }
 
@@ -85,9 +118,8 @@ impl<const N: usize> Text<N> {
         str::from_utf8(&self.bytes[..self.length]).unwrap_or("")
     }
 
-    /// All of its memory; the text ends at the first zero.
-    pub fn with_zero(&self) -> &[u8] {
-        &self.bytes
+    pub fn as_c_str(&self) -> &CStr {
+        CStr::from_bytes_until_nul(&self.bytes).unwrap_or_default()
     }
 
     pub fn clear(&mut self) {

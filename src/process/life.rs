@@ -1,10 +1,12 @@
 //! The life of a process's books: made at load, empty again after fork, in step with the settings, given back at exit.
 
 use std::collections::HashMap;
+use std::fmt::Write;
 use std::sync::atomic::Ordering::*;
 
 use pgrx::pg_sys;
 
+use super::ending::Text;
 use super::{ASIDE, Full, Process, SITES_PART, State, backend_type, current, now};
 use crate::hook;
 use crate::ledger::account::Site;
@@ -30,8 +32,10 @@ const WISH: i32 = 500;
 /// # Safety
 /// From `_PG_init`.
 pub unsafe fn prepare(processes: usize, cluster: bool) -> Result<(), String> {
-    let share = Share::map(processes, settings::max_call_sites(), cluster)
-        .map_err(|e| format!("the shared mapping is refused: {e}"))?;
+    let sites = settings::max_call_sites();
+    // Who has it alone needs no more than it may fill.
+    let sites = if cluster { sites } else { sites.min((most_chunks(settings::memory_limit()) + 1) * CHUNK) };
+    let share = Share::map(processes, sites, cluster).map_err(|e| format!("the shared mapping is refused: {e}"))?;
     // SAFETY: no hook runs yet.
     let process = unsafe { current() };
     process.share = Some(share);
@@ -45,6 +49,13 @@ pub unsafe fn prepare(processes: usize, cluster: bool) -> Result<(), String> {
         libc::atexit(exiting);
     }
     Ok(())
+}
+
+/// Chunks of accounts that a process may take under a memory limit.
+fn most_chunks(limit: usize) -> usize {
+    // Half of what is aside is for stacks, and an eighth is left to the rows of contexts.
+    let sites = (limit - ASIDE) / SITES_PART + ASIDE * 3 / 8 - size_of::<Process>().min(ASIDE / 4);
+    sites / (CHUNK * size_of::<Site>())
 }
 
 /// Whether stacks in the server's own code are walked by frame pointer.
@@ -205,11 +216,10 @@ impl Process {
             self.ledger.set_precision(precision);
         }
         hook::record_all(precision == Precision::Exact);
-        let limit = followed.memory_limit as usize * 1024 - ASIDE;
-        self.ledger.set_limit(limit - limit / SITES_PART);
-        // Half of what is aside is for stacks, and an eighth is left to the rows of contexts.
-        let sites = limit / SITES_PART + ASIDE * 3 / 8 - size_of::<Process>().min(ASIDE / 4);
-        self.sites.most = sites / (CHUNK * size_of::<Site>());
+        let limit = followed.memory_limit as usize * 1024;
+        let rest = limit - ASIDE;
+        self.ledger.set_limit(rest - rest / SITES_PART);
+        self.sites.most = most_chunks(limit);
         self.ledger.relax();
     }
 
@@ -272,16 +282,21 @@ pub fn say_if_full() {
     if process.share.is_none_or(|s| s.full_logged.swap(1, AcqRel) != 0) {
         return;
     }
-    let sites = settings::max_call_sites();
-    match full {
-        Full::Memory => pgrx::log!(
-            "rheap: this process has used up its rheap.memory_limit, and its new call sites go unseen; raise the limit"
+    let mut line = Text::<256>::new();
+    let _ = match full {
+        Full::Memory => line.write_str(
+            "rheap: this process has used up its rheap.memory_limit, and its new call sites go unseen; raise the limit",
         ),
-        Full::Stacks => pgrx::log!(
-            "rheap: the table of call stacks is full, and new call sites go unseen; raise rheap.max_call_sites (now {sites})"
+        Full::Stacks => write!(
+            line,
+            "rheap: the table of call stacks is full, and new call sites go unseen; raise rheap.max_call_sites (now {})",
+            settings::max_call_sites()
         ),
-        Full::Sites => pgrx::log!(
-            "rheap: the table of call sites is full, and new call sites go unseen; raise rheap.max_call_sites (now {sites})"
+        Full::Sites => write!(
+            line,
+            "rheap: the table of call sites is full, and new call sites go unseen; raise rheap.max_call_sites (now {})",
+            settings::max_call_sites()
         ),
-    }
+    };
+    pg_compat::log(line.as_c_str());
 }

@@ -26,9 +26,9 @@ use crate::share::slot::{POSTMASTER, Slot};
 use crate::stack::{Stacks, Unwinder};
 use crate::walk::Walk;
 pub use chunks::*;
-pub use ending::{bury_dead, postmaster_logs};
+pub use ending::{Text, bury_dead, install, postmaster_logs};
 pub use life::{check, prepare, uses_frame_pointers};
-pub use out_of_memory::top_call_sites;
+pub use out_of_memory::{top_call_sites, write_address};
 pub use statements::*;
 
 /// Of `rheap.memory_limit`, what is set aside for everything but the ledger.

@@ -56,7 +56,7 @@ pub fn top_call_sites(detail: &CStr) -> Option<&'static CStr> {
     block.text.clear();
     // A block that is cut short is still one.
     let _ = write_block(&mut block.text, process, &share, detail, &sites[..SITES], total);
-    CStr::from_bytes_until_nul(block.text.with_zero()).ok()
+    Some(block.text.as_c_str())
 }
 
 fn write_block(
@@ -97,7 +97,8 @@ fn write_block(
     Ok(())
 }
 
-fn write_address(out: &mut impl Write, share: &Share, module: u32, offset: u64) -> std::fmt::Result {
+/// `module+0xoffset`, without memory. Error: that of `out`.
+pub fn write_address(out: &mut impl Write, share: &Share, module: u32, offset: u64) -> std::fmt::Result {
     let mut path = Text::<512>::new();
     let _ = dictionary::write_text(share.modules.words_of(module), &mut path);
     let name = path.as_str().rsplit('/').next().unwrap_or("");

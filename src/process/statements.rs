@@ -24,6 +24,11 @@ impl Process {
     /// Looks at the clock, and walks if it is time.
     #[inline(never)]
     pub(super) fn look(&mut self, slot: &Slot) {
+        self.look_at(slot, true);
+    }
+
+    /// `within` a statement, or between two.
+    fn look_at(&mut self, slot: &Slot, within: bool) {
         self.looks = self.next_look();
         self.now = now();
         if self.must_follow_wish(slot) {
@@ -40,8 +45,11 @@ impl Process {
             }
             self.walked_epoch = self.epoch;
             self.flush(Due::Look);
+            if let Some(share) = &self.share {
+                self.stacks.look_for_unloaded(&mut self.unwinder, share, &mut self.aside);
+            }
             // SAFETY: at the exit of a palloc or between two messages, where the tree is consistent.
-            unsafe { crate::walk::walk(self, slot) };
+            unsafe { crate::walk::walk(self, slot, within) };
             self.publish_all(slot);
         }
     }
@@ -88,7 +96,7 @@ impl Process {
             self.walk.note_held(self.held, self.now);
         }
         if self.walk.is_due(self.now) {
-            self.look(slot);
+            self.look_at(slot, false);
         }
         self.looks = self.next_look();
         self.publish(slot);
@@ -134,7 +142,7 @@ pub fn look_at_all() {
             // SAFETY: the caller runs SQL, between two statements of it: the tree is consistent.
             unsafe { crate::walk::moved::look(p) };
             p.walk.hurry();
-            p.look(slot);
+            p.look_at(slot, false);
         }
     });
 }
@@ -225,9 +233,10 @@ pub fn answers() {
 #[cold]
 #[inline(never)]
 fn give_back() {
-    // SAFETY: as for `guarded`; a plain write, and a call that touches nothing in use.
+    // SAFETY: as for `guarded`; a plain write, and calls that touch nothing in use.
     unsafe {
         current().has_answered = false;
+        crate::reserve::end();
         libc::malloc_trim(0);
     }
 }

@@ -10,13 +10,14 @@ pub mod row;
 pub mod slot;
 
 use std::fmt::Write;
-use std::sync::atomic::{AtomicU32, Ordering::*};
+use std::sync::atomic::{AtomicU32, Ordering::*, fence};
 
-use crate::ledger::{Sites, account::Site};
+use crate::ledger::Sites;
+use crate::ledger::account::{Site, SiteCopy};
 use dictionary::Dictionary;
 use ending::{EndingCopy, Endings, HeldPath, HeldSite, How};
 use pool::{CHUNK, Pool};
-use row::Row;
+use row::{Row, RowCopy};
 use slot::Slot;
 
 /// Rows of context paths that a process needs on average.
@@ -158,15 +159,22 @@ impl Share {
         (ending.sites[0] != HeldSite::default()).then_some(ending)
     }
 
-    /// Keeps what a dead process held, once. `last_kill`: when somebody was last found killed, before this one.
-    pub fn bury(&self, index: u32, pid: i32, now: i64, last_kill: i64) {
+    /// Keeps what a dead process held, once. `holder`: whose the slot is now, the dead one's still or a successor's that
+    /// has not used it yet. `last_kill`: when the postmaster last said that somebody was killed.
+    pub fn bury(&self, index: u32, pid: i32, holder: i32, now: i64, last_kill: i64) {
         let slot = &self.slots[index as usize];
-        if slot.buried.swap(1, AcqRel) != 0 || slot.reset_pending() {
+        if slot.buried.load(Acquire) == pid || slot.reset_pending() {
             return;
         }
         // The server ends all others when one was killed, and they have no time for words either.
         let (how, at) = if slot.opened.load(Relaxed) < last_kill { (How::Exit, last_kill) } else { (How::Killed, now) };
-        if let Some(ending) = self.ending_of(index, pid, how, at, |_| false)
+        let ending = self.ending_of(index, pid, how, at, |_| false);
+        // Whoever takes the slot meanwhile does it instead; of two who get here, the first is heard.
+        fence(Acquire);
+        if slot.pid.load(Acquire) != holder || slot.buried.swap(pid, AcqRel) == pid {
+            return;
+        }
+        if let Some(ending) = ending
             && (how == How::Killed || ending.sites[0].live_bytes >= ending::MUCH)
         {
             self.endings.push(&ending);
@@ -178,7 +186,7 @@ impl Share {
     pub fn bury_dead(&self, now: i64) {
         let dead = |slot: &Slot, gone: fn(i32) -> bool| {
             let pid = slot.pid.load(Acquire);
-            (pid != 0 && slot.buried.load(Relaxed) == 0 && gone(pid)).then_some(pid)
+            (pid != 0 && slot.buried.load(Relaxed) != pid && gone(pid)).then_some(pid)
         };
         if !self.slots.iter().any(|slot| dead(slot, |pid| !slot::alive(pid)).is_some()) {
             return;
@@ -186,7 +194,7 @@ impl Share {
         let last_kill = self.endings.last_kill();
         for (index, slot) in self.slots.iter().enumerate() {
             if let Some(pid) = dead(slot, |pid| !slot::alive(pid) || slot::is_zombie(pid)) {
-                self.bury(index as u32, pid, now, last_kill);
+                self.bury(index as u32, pid, pid, now, last_kill);
             }
         }
     }
@@ -207,7 +215,8 @@ impl Share {
             slot.pid.compare_exchange(expected, pid, AcqRel, Relaxed).is_ok().then(|| {
                 // What a predecessor left that never said goodbye.
                 if expected != 0 {
-                    self.bury(index as u32, expected, crate::process::precisely_now(), self.endings.last_kill());
+                    let (now, last_kill) = (crate::process::precisely_now(), self.endings.last_kill());
+                    self.bury(index as u32, expected, pid, now, last_kill);
                     self.sites.release(index as u32, usize::MAX, Site::close);
                     self.rows.release(index as u32, usize::MAX, Row::close);
                 }
@@ -242,18 +251,26 @@ impl Share {
 
     /// Gives back all slots of dead processes, whose books would keep others from theirs. Only while nobody but the
     /// caller can claim a slot.
-    pub fn release_dead(&self, own: u32) {
+    pub fn release_dead(&self, own: Option<u32>) {
         for (index, slot) in self.slots.iter().enumerate() {
             let pid = slot.pid.load(Acquire);
-            if index as u32 != own && pid != 0 && !slot::alive(pid) {
+            if own != Some(index as u32) && pid != 0 && !slot::alive(pid) {
                 self.release_slot(index as u32, pid, [usize::MAX; 2]);
             }
         }
     }
 
-    /// Slots of processes that live, with their numbers.
-    pub fn live_slots(&self) -> impl Iterator<Item = (u32, &'static Slot)> + '_ {
-        self.slots.iter().enumerate().filter(|(_, s)| slot::alive(s.pid.load(Acquire))).map(|(i, s)| (i as u32, s))
+    /// Slots of processes that live, with their numbers and their owners: a look later it may be somebody else's.
+    pub fn live_slots(&self) -> impl Iterator<Item = (u32, i32, &'static Slot)> + '_ {
+        let owned = self.slots.iter().enumerate().map(|(i, slot)| (i as u32, slot.pid.load(Acquire), slot));
+        owned.filter(|&(_, pid, _)| slot::alive(pid))
+    }
+
+    /// Copies of the accounts and of the rows of context paths of a slot's owner. Empty if that is not `pid` any more.
+    pub fn held_by(&self, index: u32, pid: i32) -> (Vec<SiteCopy>, Vec<RowCopy>) {
+        let (sites, rows) = (self.sites.copies(index, Site::copy), self.rows.copies(index, Row::copy));
+        fence(Acquire);
+        if self.slots[index as usize].pid.load(Acquire) == pid { (sites, rows) } else { (Vec::new(), Vec::new()) }
     }
 
     /// The path of a context's parent; 0 at the top.
@@ -308,6 +325,8 @@ pub fn patience(attempt: u32) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::ledger::account::Stamp;
+    use crate::ledger::sampling::ONE;
 
     #[test]
     fn a_slot_is_recycled_when_its_process_is_gone() {
@@ -326,6 +345,65 @@ mod tests {
         assert_eq!(share.sites.owned(first).count(), 0);
         assert_eq!(share.sites.rows[chunk * CHUNK].copy(), None);
         assert_eq!(share.claim_slot(gone, 4), None, "every slot belongs to a live process");
+    }
+
+    /// A slot of a process that is gone, which held a call site of so many bytes.
+    fn dead(share: &Share, bytes: u64) -> (u32, i32) {
+        let mut child = std::process::Command::new("true").spawn().unwrap();
+        let pid = child.id() as i32;
+        child.wait().unwrap();
+        let index = share.claim_slot(pid, 4).unwrap();
+        let site = &share.sites.rows[share.sites.claim(index).unwrap() * CHUNK];
+        site.open(7, 8);
+        site.record(bytes, ONE, ONE, Stamp { epoch: 1, now: 1, query_id: 0 });
+        (index, pid)
+    }
+
+    #[test]
+    fn what_a_dead_process_held_is_kept_once_and_under_its_own_name() {
+        let share = Share::map(4, 256, true).unwrap();
+        let (index, pid) = dead(&share, 100);
+        let kept = || share.endings.all().iter().map(|e| (e.pid, e.how)).collect::<Vec<_>>();
+        share.bury(index, pid, 1, 5, 0);
+        assert_eq!(kept(), [], "the slot is somebody else's meanwhile");
+        share.bury(index, pid, pid, 5, 0);
+        share.bury(index, pid, pid, 6, 0);
+        assert_eq!(kept(), [(pid, How::Killed)]);
+        // Of its successor it is not said that he is buried already.
+        share.slots[index as usize].pid.store(pid + 1, Relaxed);
+        share.bury(index, pid + 1, pid + 1, 7, 0);
+        assert_eq!(kept().len(), 2);
+    }
+
+    #[test]
+    fn who_is_ended_because_another_was_killed_does_not_count_as_killed() {
+        let share = Share::map(4, 256, true).unwrap();
+        let (victim, others) = (dead(&share, 100), [dead(&share, 100), dead(&share, ending::MUCH)]);
+        share.bury(victim.0, victim.1, victim.1, 5, share.endings.last_kill());
+        // A death alone is no word of the postmaster's.
+        assert_eq!(share.endings.last_kill(), 0);
+        share.endings.killed(i64::MAX - 1);
+        for (index, pid) in others {
+            share.bury(index, pid, pid, 6, share.endings.last_kill());
+        }
+        let kept: Vec<_> = share.endings.all().iter().map(|e| (e.pid, e.how)).collect();
+        assert_eq!(kept.len(), 2, "what held little is not worth a place");
+        assert!(kept.contains(&(victim.1, How::Killed)) && kept.contains(&(others[1].1, How::Exit)));
+    }
+
+    #[test]
+    fn a_slot_that_has_changed_hands_shows_nothing_of_its_new_owner() {
+        let share = Share::map(4, 256, true).unwrap();
+        let (index, pid) = dead(&share, 100);
+        assert_eq!(share.held_by(index, pid).0.len(), 1);
+        assert!(share.held_by(index, pid + 1).0.is_empty());
+        // A chunk that is given back while it is read.
+        let chunk = share.sites.owned(index).next().unwrap();
+        let copies = share.sites.copies(index, |site: &Site| {
+            share.sites.owners[chunk].store(index + 2, Relaxed);
+            site.copy()
+        });
+        assert!(copies.is_empty());
     }
 
     #[test]

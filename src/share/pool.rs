@@ -3,7 +3,7 @@
 //! A chunk is owned by whoever's slot number stands in its owner word: one compare-and-swap takes it, so a process
 //! that dies at any moment leaves nothing half-claimed, and its slot's successor finds what to give back.
 
-use std::sync::atomic::{AtomicU32, Ordering::*};
+use std::sync::atomic::{AtomicU32, Ordering::*, fence};
 
 pub const CHUNK: usize = 16;
 
@@ -37,6 +37,21 @@ impl<T> Pool<T> {
     fn order(&self, slot: u32) -> impl Iterator<Item = usize> + '_ {
         let start = slot as usize * 7;
         (0..self.owners.len()).map(move |i| (start + i) % self.owners.len())
+    }
+
+    /// Copies of the rows that a slot owns, as `copy` makes them.
+    pub fn copies<C>(&self, slot: u32, copy: impl Fn(&T) -> Option<C>) -> Vec<C> {
+        let mut all = Vec::new();
+        for chunk in self.owned(slot) {
+            let before = all.len();
+            all.extend(self.rows_of(chunk).filter_map(|(_, row)| copy(row)));
+            // Given back meanwhile: some may be the next owner's already.
+            fence(Acquire);
+            if self.owners[chunk].load(Relaxed) != slot + 1 {
+                all.truncate(before);
+            }
+        }
+        all
     }
 
     /// The rows of a chunk, with their ids.

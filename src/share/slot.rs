@@ -36,8 +36,8 @@ pub struct Slot {
     pub resets_done: AtomicU32,
     /// When the owner took it; microseconds since 2000-01-01.
     pub opened: AtomicI64,
-    /// 1 once what the dead owner held has been put down.
-    pub buried: AtomicU32,
+    /// The dead owner whose holdings have been put down.
+    pub buried: AtomicI32,
     /// What `rheap_track` wishes: the ordinal of a mode plus 1; 0: what the setting says. The owner follows when it
     /// next works.
     pub track: AtomicU32,

@@ -72,6 +72,7 @@ pub fn contexts(look: &Look, namer: &mut Namer) -> Vec<Context> {
                 worst.entry(path).and_modify(|w| *w = verdict.max(*w)).or_insert(verdict);
             }
         }
+        super::pause();
         for row in &held.rows {
             let path = share.path_name(row.path);
             let used_bytes = row.seen.total_bytes - row.seen.free_bytes;

@@ -42,6 +42,7 @@ fn rheap_ended() -> TableIterator<
             .map(|held| (share.path_name(held.path), held.used_bytes.into()))
             .collect();
         for held in ending.sites.iter().filter(|held| held.stack != 0) {
+            super::pause();
             let (frames, at) = culprit(&mut symbols, held.stack);
             let query_id = if held.query_id != 0 { held.query_id } else { ending.query_id };
             rows.push((

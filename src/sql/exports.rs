@@ -57,7 +57,9 @@ pub fn rheap_html(pid: default!(Option<i32>, "NULL")) -> Text {
 /// A gzipped profile.proto, as `go tool pprof` reads it.
 #[pg_extern(volatile, parallel_restricted)]
 pub fn rheap_pprof(pid: default!(Option<i32>, "NULL")) -> Vec<u8> {
-    with_model("rheap_pprof", pid, pprof::profile)
+    let profile = with_model("rheap_pprof", pid, pprof::profile);
+    super::require(profile.len());
+    profile
 }
 
 /// A data file of heaptrack, for heaptrack_print and heaptrack_gui.

@@ -210,6 +210,7 @@ impl Namer {
     pub fn weigh(&mut self, rows: &[Gathered]) {
         self.sizes.clear();
         for row in rows.iter().filter(|row| is_candidate(row)) {
+            super::pause();
             let (frames, at) = row.frames(&mut self.symbols);
             if row.reason_to_grow(&self.share.path_name(row.copy.path), &frames).is_none() {
                 let (sum, most) = self.sizes.entry(culprit(row, &frames, at)).or_default();
@@ -219,6 +220,7 @@ impl Namer {
     }
 
     fn name(&mut self, gathered: Gathered) -> Named {
+        super::pause();
         let (frames, at) = gathered.frames(&mut self.symbols);
         self.named(gathered, frames, at)
     }

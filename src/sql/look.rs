@@ -2,7 +2,6 @@
 //! from the copies: the processes work on meanwhile, and figures of two moments would not agree.
 
 use std::rc::Rc;
-use std::sync::atomic::Ordering::*;
 
 use crate::ledger::account::SiteCopy;
 use crate::share::Share;
@@ -29,17 +28,17 @@ impl Look {
     /// At one process or at all, or the ERROR that says what to do instead.
     pub fn take(function: &str, pid: Option<i32>) -> Self {
         let (share, slots) = super::slots(function, pid);
-        let held = |(index, slot): (u32, &'static Slot)| {
+        let held = |(index, pid, slot): (u32, i32, &'static Slot)| {
+            super::pause();
             // Who still has to forget holds nothing already.
             let counts = !slot.reset_pending();
-            let sites = share.sites.owned(index).take_while(|_| counts).flat_map(|chunk| share.sites.rows_of(chunk));
-            let rows = share.rows.owned(index).take_while(|_| counts).flat_map(|chunk| share.rows.rows_of(chunk));
+            let (sites, rows) = if counts { share.held_by(index, pid) } else { (Vec::new(), Vec::new()) };
             Held {
-                sites: sites.filter_map(|(_, site)| site.copy()).collect(),
-                rows: rows.filter_map(|(_, row)| row.copy()).collect(),
+                sites,
+                rows,
                 slot,
-                pid: slot.pid.load(Acquire),
-                backend_type: super::backend_type(slot).into(),
+                pid,
+                backend_type: super::backend_type(pid, slot).into(),
                 progress: Progress::of(slot),
             }
         };

@@ -26,7 +26,7 @@ use pgrx::{PgLogLevel, PgSqlErrorCode, pg_sys};
 
 use crate::share::Share;
 use crate::share::slot::{POSTMASTER, Slot};
-use crate::{hook, load, process};
+use crate::{hook, load, pg_compat, process, reserve};
 
 /// Raises an ERROR.
 fn refuse(code: PgSqlErrorCode, message: String, hint: &str) -> ! {
@@ -39,8 +39,26 @@ fn given<T>(argument: Option<T>, message: &str, hint: &str) -> T {
     argument.unwrap_or_else(|| refuse(PgSqlErrorCode::ERRCODE_NULL_VALUE_NOT_ALLOWED, message.into(), hint))
 }
 
+/// A safe place in a long answer: it ends here if somebody has cancelled it, or if there is no memory for it.
+fn pause() {
+    require(0);
+    pgrx::check_for_interrupts!();
+}
+
+/// The server is about to allocate so many bytes for an answer.
+fn require(bytes: usize) {
+    if reserve::is_touched() || !reserve::has_room(bytes) {
+        reserve::lighten();
+        refuse(
+            PgSqlErrorCode::ERRCODE_OUT_OF_MEMORY,
+            "out of memory".into(),
+            pg_compat::NO_MEMORY_HINT.to_str().unwrap_or_default(),
+        );
+    }
+}
+
 /// The slots of one process or of all, or the ERROR that says what to do instead.
-fn slots(function: &str, pid: Option<i32>) -> (Share, Vec<(u32, &'static Slot)>) {
+fn slots(function: &str, pid: Option<i32>) -> (Share, Vec<(u32, i32, &'static Slot)>) {
     let share = share();
     crate::process::settle();
     // SAFETY: a plain system call.
@@ -50,7 +68,7 @@ fn slots(function: &str, pid: Option<i32>) -> (Share, Vec<(u32, &'static Slot)>)
     }
     let mut live: Vec<_> = share.live_slots().collect();
     if let Some(pid) = pid {
-        live.retain(|(_, slot)| slot.pid.load(Acquire) == pid);
+        live.retain(|&(_, owner, _)| owner == pid);
         if live.is_empty() && pid != own {
             refuse(
                 PgSqlErrorCode::ERRCODE_INVALID_PARAMETER_VALUE,
@@ -91,6 +109,10 @@ fn share() -> Share {
     match unsafe { process::current() }.share {
         Some(share) if hook::is_hooked() => {
             process::answers();
+            if !reserve::begin() {
+                pg_compat::raise_out_of_memory();
+            }
+            pause();
             share
         }
         _ => refuse(
@@ -102,7 +124,7 @@ fn share() -> Share {
 }
 
 /// As in `pg_stat_activity`.
-fn backend_type(slot: &Slot) -> String {
+fn backend_type(pid: i32, slot: &Slot) -> String {
     let kind = slot.backend_type.load(Relaxed);
     if kind == POSTMASTER {
         return "postmaster".into();
@@ -110,7 +132,7 @@ fn backend_type(slot: &Slot) -> String {
     // SAFETY: both return static or shared strings, or NULL for a worker that has just ended.
     unsafe {
         let worker = if kind == pg_sys::BackendType::B_BG_WORKER as i32 {
-            pg_sys::GetBackgroundWorkerTypeByPid(slot.pid.load(Acquire))
+            pg_sys::GetBackgroundWorkerTypeByPid(pid)
         } else {
             std::ptr::null()
         };

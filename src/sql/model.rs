@@ -13,14 +13,16 @@ use crate::symbols::{Frame, place};
 
 /// Writes something from what is known of one process or of all now.
 pub fn with_model<T>(function: &str, pid: Option<i32>, write: impl FnOnce(&Model) -> T) -> T {
-    write(&model(function, pid))
+    let model = model(function, pid);
+    super::pause();
+    write(&model)
 }
 
 fn model(function: &str, pid: Option<i32>) -> Model {
     let look = Look::take(function, pid);
     let taken_at = crate::process::now();
     let share = look.share;
-    let processes = processes(look.processes.iter().map(|held| held.slot));
+    let processes = processes(look.processes.iter().map(|held| (held.pid, held.slot)));
     let mut namer = Namer::new(&share);
     let contexts = contexts(&look, &mut namer);
     let leaks = leaks(&look, &mut namer).into_iter().map(|named| {
@@ -36,6 +38,7 @@ fn model(function: &str, pid: Option<i32>) -> Model {
     let mut known_modules: HashMap<String, u32> = HashMap::new();
     let mut sites = Vec::with_capacity(rows.len());
     for row in rows {
+        super::pause();
         let mut stack = Vec::new();
         for word in share.stacks.get(row.copy.stack) {
             let index = *known_calls.entry(word).or_insert_with(|| {

@@ -36,7 +36,7 @@ fn rheap_processes(
     ),
 > {
     let (_, slots) = super::slots("rheap_processes", pid);
-    let rows = processes(slots.into_iter().map(|(_, slot)| slot));
+    let rows = processes(slots.into_iter().map(|(_, pid, slot)| (pid, slot)));
     TableIterator::new(rows.into_iter().map(|p| {
         (
             p.pid,
@@ -58,16 +58,16 @@ fn rheap_processes(
 }
 
 /// The rows of the view.
-pub fn processes(slots: impl Iterator<Item = &'static Slot>) -> Vec<Process> {
-    let process = |slot: &Slot| {
-        let pid = slot.pid.load(Acquire);
+pub fn processes(slots: impl Iterator<Item = (i32, &'static Slot)>) -> Vec<Process> {
+    let process = |(pid, slot): (i32, &Slot)| {
+        super::pause();
         let (own_bytes, context_bytes) = (slot.own_bytes.load(Relaxed), slot.context_bytes.load(Relaxed));
         let (allocations, frees, captures) = slot.figures();
         let resident = Resident::of(pid);
         let walks = slot.walks.load(Acquire);
         Process {
             pid,
-            backend_type: super::backend_type(slot),
+            backend_type: super::backend_type(pid, slot),
             mode: Mode::name(slot.mode.load(Relaxed)),
             watched_contexts: slot.watched_contexts.load(Relaxed),
             allocations,

@@ -9,7 +9,7 @@ use pgrx::prelude::*;
 #[pg_extern(volatile, parallel_unsafe)]
 fn rheap_reset(pid: default!(Option<i32>, "NULL")) {
     let (_, slots) = super::slots("rheap_reset", pid);
-    for (_, slot) in slots {
+    for (_, _, slot) in slots {
         slot.resets_wanted.fetch_add(1, AcqRel);
     }
 }

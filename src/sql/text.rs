@@ -9,7 +9,7 @@ use pgrx::nullable::Nullable;
 use pgrx::pgrx_sql_entity_graph::metadata::{
     ArgumentError, ReturnsError, ReturnsRef, SqlMappingRef, SqlTranslatable, TypeOrigin,
 };
-use pgrx::{FromDatum, IntoDatum, PgSqlErrorCode, direct_function_call_as_datum, pg_sys};
+use pgrx::{FromDatum, IntoDatum, PgSqlErrorCode, pg_sys};
 
 /// A `text`: as an argument, as a column, and in SQL of our own.
 #[derive(Clone, Debug)]
@@ -146,7 +146,9 @@ impl FromDatum for Text {
 
 impl IntoDatum for Text {
     fn into_datum(self) -> Option<pg_sys::Datum> {
-        to_server(&self.0, "\\").as_ref().into_datum()
+        let bytes = to_server(&self.0, "\\");
+        super::require(bytes.len());
+        bytes.as_ref().into_datum()
     }
 
     fn type_oid() -> pg_sys::Oid {
@@ -157,10 +159,29 @@ impl IntoDatum for Text {
 impl IntoDatum for Document {
     fn into_datum(self) -> Option<pg_sys::Datum> {
         // Non-ASCII characters stand in strings only, where a backslash is written as two.
-        let json = self.0.to_string();
-        let json = std::ffi::CString::new(to_server(&json, "\\\\").into_owned()).expect("JSON escapes zero bytes");
-        // SAFETY: the server's input function reads a C string.
-        unsafe { direct_function_call_as_datum(pg_sys::jsonb_in, &[Some(json.as_ptr().into())]) }
+        // Declared here: the bindings' wrappers would copy an error that is raised because there is no memory.
+        unsafe extern "C-unwind" {
+            fn DirectFunctionCall1Coll(
+                function: unsafe extern "C-unwind" fn(pg_sys::FunctionCallInfo) -> pg_sys::Datum,
+                collation: pg_sys::Oid,
+                argument: pg_sys::Datum,
+            ) -> pg_sys::Datum;
+            fn jsonb_in(call: pg_sys::FunctionCallInfo) -> pg_sys::Datum;
+        }
+        let text = {
+            let json = self.0.to_string();
+            let json = to_server(&json, "\\\\");
+            super::require(json.len());
+            // SAFETY: one byte more is zero, and JSON escapes zero bytes: a C string.
+            unsafe {
+                let text = pg_sys::palloc0(json.len() + 1).cast::<u8>();
+                text.copy_from_nonoverlapping(json.as_ptr(), json.len());
+                text
+            }
+        };
+        drop(self);
+        // SAFETY: the server's input function reads a C string. If it raises an error, nothing of ours is left.
+        unsafe { Some(DirectFunctionCall1Coll(jsonb_in, pg_sys::InvalidOid, text.into())) }
     }
 
     fn type_oid() -> pg_sys::Oid {

@@ -30,7 +30,7 @@ pub fn rheap_track(pid: Option<i32>, mode: Option<Text>) {
         ),
     };
     let (_, slots) = super::slots("rheap_track", Some(pid));
-    for (_, slot) in slots {
+    for (_, _, slot) in slots {
         slot.track.store(wish, Relaxed);
     }
 }

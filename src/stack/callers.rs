@@ -3,7 +3,8 @@
 
 pub const CALLERS: usize = 256;
 
-/// Looked up by the low bits of the return address. An entry, once made, stays: the key of a caller never changes.
+/// Looked up by the low bits of the return address. An entry, once made, stays, so that the key of a caller never
+/// changes, until some code is unloaded.
 pub struct Callers {
     pub addresses: [u64; CALLERS],
     /// Where the next return address lies, from the stack pointer.
@@ -31,6 +32,11 @@ impl Callers {
             }
             address ^ *((sp + self.offsets[place]) as *const u64)
         }
+    }
+
+    /// Other code may lie where some of it lay.
+    pub fn forget(&mut self) {
+        self.addresses.fill(0);
     }
 
     /// Learns where the second return address lies. Frames larger than a page are left alone.

@@ -140,6 +140,11 @@ impl Memory {
     /// Forgets all, the anchor too.
     pub fn clear(&mut self) {
         self.anchor = u64::MAX;
+        self.forget();
+    }
+
+    /// Forgets the stacks. The anchor is the server's own code, which is never unloaded.
+    pub fn forget(&mut self) {
         // Memory that a child has from its parent and has not touched yet should stay so.
         self.entries.iter_mut().filter(|entry| entry.sp != 0).for_each(|entry| entry.sp = 0);
     }

@@ -106,6 +106,11 @@ impl Stacks {
         budget: &mut Budget,
     ) -> (u32, Option<&mut Home>) {
         unwinder.walk(regs, depth, &mut self.trace, &share.modules);
+        if unwinder.modules.unloaded {
+            self.forget_unloaded(unwinder, budget);
+            // Some of its rules may have been of what was there before.
+            unwinder.walk(regs, depth, &mut self.trace, &share.modules);
+        }
         if self.trace.frames > 1 {
             self.callers.learn(self.trace.addresses[0], self.trace.slots[1] - regs.sp);
         }
@@ -134,6 +139,23 @@ impl Stacks {
         // The slot after the loop's own holds where the loop would return to. Not found: nothing is an anchor.
         let anchor = inside.and_then(|i| self.trace.slots[..self.trace.frames].get(i + 1));
         self.memory.set_anchor(anchor.copied().unwrap_or(u64::MAX - 1));
+    }
+
+    /// A library was unloaded, and another may lie in its place: no address is what it was for certain.
+    #[cold]
+    fn forget_unloaded(&mut self, unwinder: &mut Unwinder, budget: &mut Budget) {
+        unwinder.modules.unloaded = false;
+        self.callers.forget();
+        self.memory.forget();
+        self.known.clear(budget);
+    }
+
+    /// On the clock: a stack that is remembered would not notice by itself that its code has been replaced.
+    pub fn look_for_unloaded(&mut self, unwinder: &mut Unwinder, share: &Share, budget: &mut Budget) {
+        unwinder.refresh(&share.modules);
+        if unwinder.modules.unloaded {
+            self.forget_unloaded(unwinder, budget);
+        }
     }
 
     /// What was remembered was walked by other rules, or in another process.

@@ -29,6 +29,8 @@ pub struct Modules {
     last: usize,
     /// Loads and unloads that the dynamic linker had counted when we looked.
     generation: (u64, u64),
+    /// Something was unloaded since this was last cleared: what is known of addresses may be of other code.
+    pub unloaded: bool,
     main_path: [u8; 256],
     main_path_len: usize,
     /// Testing and distrust: never use frame pointers.
@@ -44,6 +46,7 @@ impl Modules {
             len: 0,
             last: 0,
             generation: (0, 0),
+            unloaded: false,
             main_path: [0; 256],
             main_path_len: 0,
             dwarf_only: false,
@@ -79,6 +82,11 @@ impl Modules {
         Some(&self.list[found])
     }
 
+    /// Whether an address lies in the executable, which the dynamic linker lists first.
+    pub fn is_main(&self, address: u64) -> bool {
+        self.len > 0 && (self.list[0].start..self.list[0].end).contains(&address)
+    }
+
     /// Module id and offset of a return address.
     pub fn locate(&mut self, address: u64, names: &Dictionary) -> Option<(u32, u64)> {
         let module = self.find(address, names)?;
@@ -112,6 +120,7 @@ unsafe extern "C" fn visit(info: *mut libc::dl_phdr_info, _size: usize, data: *m
         if look.modules.generation == generation {
             return 1;
         }
+        look.modules.unloaded |= look.modules.generation.1 != generation.1;
         // Something may lie where something else lay before: forget all, keep nothing half-right.
         look.modules.generation = generation;
         look.modules.len = 0;

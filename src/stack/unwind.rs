@@ -179,6 +179,14 @@ impl Unwinder {
         false
     }
 
+    /// Notices what was loaded and unloaded since the last look. Takes no memory, and hardly time when that is nothing.
+    pub fn refresh(&mut self, names: &Dictionary) {
+        self.modules.refresh(names);
+        if self.modules.unloaded {
+            self.rules.iter_mut().for_each(|r| r.return_address = 0);
+        }
+    }
+
     #[inline]
     fn rule(&mut self, ip: u64, names: &Dictionary) -> Cached {
         let index = (ip ^ (ip >> 12)) as usize % RULES;
@@ -188,6 +196,11 @@ impl Unwinder {
 
     #[cold]
     fn read_rule(&mut self, ip: u64, index: usize, names: &Dictionary) -> Cached {
+        // The tables of a library that has been unloaded since the last look may not be there to be read. The server's
+        // own are.
+        if !self.modules.is_main(ip) {
+            self.refresh(names);
+        }
         let dwarf_only = self.modules.dwarf_only;
         let (rule, frame_pointers) = match self.modules.find(ip, names) {
             Some(module) => (rules::find(module, ip), module.frame_pointers && !dwarf_only),

@@ -4,6 +4,7 @@ pub mod moved;
 pub mod path;
 
 use std::collections::HashMap;
+use std::fmt::Write;
 use std::sync::atomic::Ordering::*;
 
 use crate::hook::{self, Table as MethodTable};
@@ -11,11 +12,13 @@ use crate::ledger::account::{HISTORY, SiteCopy};
 use crate::ledger::region::Budget;
 use crate::ledger::table::{Entry, Table};
 use crate::pg_compat::{self, MemoryContext};
-use crate::process::{self, Process};
+use crate::process::{self, Process, Text};
+use crate::reserve;
 use crate::settings;
 use crate::share::Share;
 use crate::share::row::Seen;
 use crate::share::slot::Slot;
+use crate::stack::{CUT, unframe};
 use crate::verdict::proportion::Held;
 use crate::verdict::{Progress, Verdict, caches, judge_account};
 use moved::Moved;
@@ -28,6 +31,8 @@ struct Found {
     path: u64,
     seen: Seen,
     walk: u32,
+    /// Of what the walk before found, the bytes that were free, in 256ths.
+    free_part: u32,
     /// Id of the row plus 1; 0: none yet.
     row: u32,
     chain: u32,
@@ -49,6 +54,8 @@ pub struct Walk {
     paths: Table<Found>,
     /// Microseconds, as `process::now`.
     next: i64,
+    /// When that was decided: if it is before then again, the clock has been set back.
+    decided: i64,
     /// Until this the process counts as starting: what it holds then is its baseline.
     started: i64,
     /// Not before this, whatever has happened.
@@ -61,16 +68,37 @@ pub struct Walk {
 
 /// A walk may take this part of the process's time: the next one waits for as many times its duration.
 const PART: i64 = 100;
+/// The statistics of a context follow each of its free chunks; of this many bytes in blocks, some milliseconds long.
+const LARGE: u64 = 16 << 20;
+/// Microseconds by which times that belong together may differ: that of a statement is of its beginning.
+const SET_BACK: i64 = 60_000_000;
 /// A change of this many bytes is worth a walk out of turn.
 const NEWS: u64 = 1 << 20;
 
 impl Walk {
     pub const fn new() -> Self {
-        Walk { paths: Table::new(), next: 0, started: 0, earliest: 0, held: 0, fresh: false, moved: Moved::new() }
+        Walk {
+            paths: Table::new(),
+            next: 0,
+            decided: 0,
+            started: 0,
+            earliest: 0,
+            held: 0,
+            fresh: false,
+            moved: Moved::new(),
+        }
     }
 
+    /// The clock is the wall's, which costs nothing where it is read, so it may be set: forward brings a walk early,
+    /// and back must not put it off.
+    #[inline]
     pub fn is_due(&self, now: i64) -> bool {
-        now >= self.next
+        now >= self.next || self.is_set_back(now)
+    }
+
+    #[inline]
+    fn is_set_back(&self, now: i64) -> bool {
+        now < self.decided - SET_BACK
     }
 
     /// A walk has been made since leaks were last looked for.
@@ -88,13 +116,15 @@ impl Walk {
     /// The same for a process whose history is its own.
     pub fn forget(&mut self, now: i64, budget: &mut Budget) {
         self.paths.clear(budget);
+        (self.decided, self.earliest) = (now, 0);
         self.next = now + settings::walk_interval_ms() as i64 * 1000;
         self.started = self.next;
     }
 
     /// No walk interval has passed since the process started.
     pub fn is_starting(&self) -> bool {
-        process::now() < self.started
+        let now = process::now();
+        now < self.started && !self.is_set_back(now)
     }
 
     /// Walks at the next look.
@@ -105,7 +135,7 @@ impl Walk {
     /// A statement has ended that changed much: its session may be idle for long from now on, and should not be
     /// seen as it was before.
     pub fn note_held(&mut self, held: u64, now: i64) {
-        if held.abs_diff(self.held) >= NEWS && now >= self.earliest {
+        if held.abs_diff(self.held) >= NEWS && (now >= self.earliest || self.is_set_back(now)) {
             self.hurry();
         }
     }
@@ -118,11 +148,12 @@ fn clock() -> i64 {
     t.tv_sec * 1_000_000 + t.tv_nsec / 1000
 }
 
-/// Visits every context once, adds it to its path's row, and adopts what should be watched.
+/// Visits every context once, adds it to its path's row, and adopts what should be watched. `within` a statement, what
+/// would take long is estimated: somebody's palloc waits.
 ///
 /// # Safety
 /// The tree is consistent: at the entry or exit of a palloc, or between messages; not in a signal handler.
-pub unsafe fn walk(process: &mut Process, slot: &Slot) {
+pub unsafe fn walk(process: &mut Process, slot: &Slot, within: bool) {
     let Some(share) = process.share else { return };
     let start = clock();
     let number = slot.walks.load(Relaxed) + 1;
@@ -149,7 +180,13 @@ pub unsafe fn walk(process: &mut Process, slot: &Slot) {
             if is_watched {
                 reparent(process, context, path);
             }
-            let seen = measure(context, is_watched);
+            let seen = if within && size > LARGE {
+                let free_part = free_part(&process.walk.paths, path, number);
+                let free_bytes = size / 256 * free_part as u64;
+                Seen { contexts: 1, total_bytes: size, free_bytes, kind: kind(context), watched: is_watched }
+            } else {
+                measure(context, is_watched)
+            };
             total += seen.total_bytes;
             add(&mut process.walk.paths, &mut process.aside, path, seen, number);
             true
@@ -172,6 +209,7 @@ pub unsafe fn walk(process: &mut Process, slot: &Slot) {
     slot.walks.store(number, Release);
     let duration = clock() - start;
     let now = process::now();
+    process.walk.decided = now;
     process.walk.earliest = now + duration * PART;
     process.walk.next = process.walk.earliest.max(now + settings::walk_interval_ms() as i64 * 1000);
     process.walk.held = process.ledger.held_bytes();
@@ -223,10 +261,30 @@ unsafe fn measure(context: MemoryContext, watched: bool) -> Seen {
             contexts: 1,
             total_bytes: counters.totalspace as u64,
             free_bytes: counters.freespace as u64,
-            kind: pg_compat::kind_of(context).map_or(pg_compat::KINDS.len() as u32, |k| k as u32),
+            kind: kind(context),
             watched,
         }
     }
+}
+
+/// # Safety
+/// A live context.
+unsafe fn kind(context: MemoryContext) -> u32 {
+    // SAFETY: the caller's promise.
+    unsafe { pg_compat::kind_of(context) }.map_or(pg_compat::KINDS.len() as u32, |k| k as u32)
+}
+
+/// The part of a path's bytes that was free when it was last measured, in 256ths.
+fn free_part(paths: &Table<Found>, path: u32, walk: u32) -> u32 {
+    match paths.find(path as u64) {
+        0 => 0,
+        id if paths.get(id).walk == walk => paths.get(id).free_part,
+        id => part(&paths.get(id).seen),
+    }
+}
+
+fn part(seen: &Seen) -> u32 {
+    (seen.free_bytes as u128 * 256 / seen.total_bytes.max(1) as u128) as u32
 }
 
 fn add(paths: &mut Table<Found>, budget: &mut Budget, path: u32, seen: Seen, walk: u32) {
@@ -240,6 +298,7 @@ fn add(paths: &mut Table<Found>, budget: &mut Budget, path: u32, seen: Seen, wal
     let found = paths.get_mut(id);
     if found.walk != walk {
         found.walk = walk;
+        found.free_part = part(&found.seen);
         found.seen = Seen::default();
     }
     found.seen.contexts += seen.contexts;
@@ -257,6 +316,9 @@ fn is_leak(share: &Share, progress: &Progress, copy: &SiteCopy) -> bool {
         && !caches::may_be_cache(&share.path_name(copy.path), judgement.generations)
 }
 
+/// Leaks that are logged after one walk; others wait for the next.
+const LOGGED: usize = 16;
+
 /// After a walk, with `rheap.log_leaks`: one line for each leak that is seen for the first time.
 pub fn log_new_leaks() {
     // SAFETY: between two messages; no hook is at work.
@@ -265,27 +327,75 @@ pub fn log_new_leaks() {
         return;
     }
     let (Some(share), Some(slot)) = (process.share, process.slot()) else { return };
+    // Reasons are texts, which take memory, and there may be none.
+    let Some(_held) = reserve::hold() else { return };
     let progress = Progress::of(slot);
-    let mut leaks = Vec::new();
+    // Noted first: what logs them allocates, and so comes back to these books.
+    let (mut leaks, mut found) = ([0; LOGGED], 0);
     process.ledger.each_site(|id| {
         let site = &share.sites.rows[id as usize];
-        if let Some(copy) = site.copy()
+        if found < LOGGED
+            && let Some(copy) = site.copy()
             && is_leak(&share, &progress, &copy)
             && site.first_report()
         {
-            leaks.push(copy);
+            leaks[found] = id;
+            found += 1;
         }
     });
-    for copy in leaks {
-        let frames = share.stacks.get(copy.stack);
-        let stack: Vec<String> = frames.iter().take(8).map(|&f| crate::symbols::address(&share, f)).collect();
-        pgrx::log!(
-            "rheap: leak of {} bytes in {} allocations in {} at {}; SELECT * FROM rheap_leaks({}) names the functions",
-            copy.live_bytes,
-            copy.live_count,
-            share.path_name(copy.path),
-            stack.join(" < "),
-            std::process::id(),
-        );
+    for copy in leaks[..found].iter().filter_map(|&id| share.sites.rows[id as usize].copy()) {
+        let mut line = Text::<2048>::new();
+        // One that is cut short is still one.
+        let _ = write_leak(&mut line, &share, &copy);
+        pg_compat::log(line.as_c_str());
+    }
+}
+
+fn write_leak(line: &mut impl Write, share: &Share, copy: &SiteCopy) -> std::fmt::Result {
+    write!(line, "rheap: leak of {} bytes in {} allocations in ", copy.live_bytes, copy.live_count)?;
+    share.write_path(copy.path, line)?;
+    for (i, word) in share.stacks.words_of(copy.stack).iter().take(8).enumerate() {
+        line.write_str(if i == 0 { " at " } else { " < " })?;
+        match word.load(Relaxed) {
+            CUT => line.write_str("(cut)")?,
+            word => {
+                let (module, offset) = unframe(word);
+                process::write_address(line, share, module, offset)?;
+            }
+        }
+    }
+    write!(line, "; SELECT * FROM rheap_leaks({}) names the functions", std::process::id())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_clock_that_is_set_back_does_not_put_walks_off() {
+        let mut walk = Walk::new();
+        let hour = 3_600_000_000;
+        (walk.decided, walk.earliest, walk.next) = (10 * hour, 10 * hour + 500, 10 * hour + 1000);
+        assert!(!walk.is_due(10 * hour + 999) && walk.is_due(10 * hour + 1000));
+        assert!(!walk.is_due(10 * hour - 30_000_000), "a statement that began before the walk");
+        assert!(walk.is_due(9 * hour), "the clock was set back");
+        walk.note_held(NEWS, 10 * hour);
+        assert!(!walk.is_due(10 * hour), "too early after the last walk");
+        walk.note_held(NEWS, 9 * hour);
+        assert_eq!(walk.next, 0);
+    }
+
+    #[test]
+    fn what_is_not_measured_is_estimated_by_the_walk_before() {
+        let (mut paths, mut budget) = (Table::new(), Budget::new(1 << 20));
+        let seen = |total_bytes, free_bytes| Seen { contexts: 1, total_bytes, free_bytes, ..Seen::default() };
+        assert_eq!(free_part(&paths, 5, 1), 0, "of a path that is new nothing is known");
+        add(&mut paths, &mut budget, 5, seen(1000, 250), 1);
+        assert_eq!(free_part(&paths, 5, 2), 64);
+        // Two contexts of one path in the second walk: both go by what the first has found.
+        add(&mut paths, &mut budget, 5, seen(4000, 1000), 2);
+        assert_eq!(free_part(&paths, 5, 2), 64);
+        add(&mut paths, &mut budget, 5, seen(4000, 4000), 2);
+        assert_eq!((free_part(&paths, 5, 2), free_part(&paths, 5, 3)), (64, 160));
     }
 }

@@ -75,20 +75,17 @@ unsafe fn look_at_new(process: &mut Process, first: MemoryContext, last: MemoryC
 /// # Safety
 /// As for `look`.
 unsafe fn follow(process: &mut Process, context: MemoryContext) {
+    let Some(share) = process.share else { return };
     // SAFETY: the caller's promise.
     unsafe {
-        if hook::table_of(context) != hook::Table::Watch {
-            return;
-        }
-        if let Some(share) = process.share {
-            let path = super::path::path_of(context, &share);
-            super::reparent(process, context, path);
-        }
-        let mut child = (*context).firstchild;
-        while !child.is_null() {
-            follow(process, child);
-            child = (*child).nextchild;
-        }
+        hook::each_context_from(context, |context, _| {
+            let watched = hook::table_of(context) == hook::Table::Watch;
+            if watched {
+                let path = super::path::path_of(context, &share);
+                super::reparent(process, context, path);
+            }
+            watched
+        });
     }
 }
 
@@ -97,16 +94,15 @@ unsafe fn follow(process: &mut Process, context: MemoryContext) {
 /// # Safety
 /// A live context in a consistent tree, on its pass table though it is long-lived.
 pub unsafe fn adopt(context: MemoryContext) {
-    // SAFETY: the caller's promise.
+    // SAFETY: the caller's promise; a parent is watched before its children are asked about.
     unsafe {
-        hook::learn((*context).name);
-        hook::watch(context);
-        let mut child = (*context).firstchild;
-        while !child.is_null() {
-            if hook::long_lived(child) {
-                adopt(child);
+        hook::each_context_from(context, |child, _| {
+            let adopted = child == context || hook::long_lived(child);
+            if adopted {
+                hook::learn((*child).name);
+                hook::watch(child);
             }
-            child = (*child).nextchild;
-        }
+            adopted
+        });
     }
 }

@@ -1,6 +1,9 @@
 use super::*;
 use crate::share::Share;
 
+/// One test unloads libraries, upon which another would forget what it counts.
+static LOADS: std::sync::Mutex<()> = std::sync::Mutex::new(());
+
 fn unwinder(share: &Share) -> Box<Unwinder> {
     let mut unwinder = Box::new(Unwinder::new());
     unwinder.prepare(0, &share.modules);
@@ -144,6 +147,7 @@ fn on_way(way: usize, f: &mut dyn FnMut()) {
 
 #[test]
 fn a_remembered_stack_is_recalled_and_no_other() {
+    let _alone = LOADS.lock().unwrap_or_else(|e| e.into_inner());
     use crate::ledger::region::Budget;
     use crate::stack::{Stacks, memory};
     let share = Share::map(1, 1024, false).unwrap();
@@ -185,4 +189,77 @@ fn a_remembered_stack_is_recalled_and_no_other() {
     );
     // Of 120 visits the first to each stack cannot be recalled, and some are too long.
     assert!((40..=80).contains(&recalled), "{recalled}");
+}
+
+/// A library whose `call` calls what it is given, with so many bytes of its own on the stack.
+fn library(name: &str, bytes: usize) -> std::ffi::CString {
+    let path = std::env::temp_dir().join(format!("gone-{name}-{}.so", std::process::id()));
+    let code = format!(
+        "void call(void (*f)(void *), void *p) {{ volatile char room[{bytes}]; room[0] = 1; f(p); room[1] = 2; }}"
+    );
+    let mut cc = std::process::Command::new("cc");
+    cc.args(["-shared", "-fPIC", "-O1", "-fomit-frame-pointer", "-fno-stack-protector", "-x", "c", "-", "-o"]);
+    let mut cc = cc.arg(&path).stdin(std::process::Stdio::piped()).spawn().expect("cc");
+    std::io::Write::write_all(&mut cc.stdin.take().unwrap(), code.as_bytes()).unwrap();
+    assert!(cc.wait().unwrap().success());
+    std::ffi::CString::new(path.into_os_string().into_encoded_bytes()).unwrap()
+}
+
+#[test]
+fn what_is_loaded_where_a_library_was_unloaded_is_walked_by_its_own_rules() {
+    let _alone = LOADS.lock().unwrap_or_else(|e| e.into_inner());
+    use crate::ledger::region::Budget;
+    use crate::stack::{CUT, Stacks, unframe};
+    type Call = unsafe extern "C-unwind" fn(unsafe extern "C-unwind" fn(*mut libc::c_void), *mut libc::c_void);
+    struct Here {
+        share: Share,
+        unwinder: Box<Unwinder>,
+        stacks: Box<Stacks>,
+        budget: Budget,
+        stack: u32,
+    }
+    unsafe extern "C-unwind" fn capture(here: *mut libc::c_void) {
+        // SAFETY: the test passes its own, and the registers are of this very call.
+        let Here { share, unwinder, stacks, budget, stack } = unsafe { &mut *here.cast::<Here>() };
+        with_registers(&mut |regs| unsafe {
+            *stack = stacks.capture(unwinder, regs, MAX_FRAMES, true, share, budget).0;
+        });
+    }
+    let share = Share::map(1, 1024, false).unwrap();
+    let stacks = Box::new(Stacks::new());
+    let mut here = Here { unwinder: unwinder(&share), share, stacks, budget: Budget::new(1 << 20), stack: 0 };
+    let mut places = Vec::new();
+    for (name, bytes) in [("first", 40), ("second", 4000), ("third", 400)] {
+        let path = library(name, bytes);
+        // SAFETY: a library of the test, which nothing refers to when it is closed.
+        unsafe {
+            let handle = libc::dlopen(path.as_ptr(), libc::RTLD_NOW);
+            assert!(!handle.is_null());
+            let call = libc::dlsym(handle, c"call".as_ptr());
+            std::mem::transmute::<*mut libc::c_void, Call>(call)(capture, (&raw mut here).cast());
+            let words = here.share.stacks.get(here.stack);
+            let file = |word: u64| {
+                let mut text = String::new();
+                let _ = crate::share::dictionary::write_text(here.share.modules.words_of(unframe(word).0), &mut text);
+                text
+            };
+            let through: Vec<usize> = (0..words.len()).filter(|&i| file(words[i]).contains("/gone-")).collect();
+            assert_eq!(through.len(), 1, "one frame is the library's");
+            assert_eq!(file(words[through[0]]), path.to_str().unwrap());
+            // And the walk went on through it.
+            assert!(words.len() > through[0] + 4 && !words.contains(&CUT), "{} words", words.len());
+            places.push(call as u64);
+            libc::dlclose(handle);
+            std::fs::remove_file(path.to_str().unwrap()).unwrap();
+            // On the clock, also without another capture.
+            here.stacks.look_for_unloaded(&mut here.unwinder, &here.share, &mut here.budget);
+            assert!(!here.unwinder.modules.unloaded);
+            assert!(here.unwinder.modules.find(call as u64, &here.share.modules).is_none());
+            assert!(here.unwinder.rules.iter().all(|r| r.return_address.abs_diff(call as u64) > 4096));
+            if name == "second" {
+                here.stacks.forget();
+            }
+        }
+    }
+    assert_eq!(places[0], places[1], "the one lay where the other had been, or nothing was tried");
 }
