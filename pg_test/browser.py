@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import tempfile
+import time
 import urllib.error
 import urllib.request
 
@@ -50,7 +51,13 @@ class Browser:
             raise RuntimeError(error.read().decode()) from error
 
     def open(self, path):
-        self.ask("POST", "/url", {"url": f"file://{path}"})
+        url = f"file://{path}"
+        self.ask("POST", "/url", {"url": url})
+        # On a busy machine the driver may answer for the page before, or for one whose scripts have not run yet.
+        deadline = time.monotonic() + 60
+        while self.run("return [location.href, document.readyState]") != [url, "complete"]:
+            assert time.monotonic() < deadline, f"{url} does not load"
+            time.sleep(0.02)
 
     def run(self, script, *arguments):
         """Runs the body of a JavaScript function; returns what it returns."""
