@@ -142,12 +142,15 @@ def benign():
         "a schema, table by table": ["SELECT count(*) FROM tables.t{n} WHERE a = 1"],
         "functions": ["SELECT tables.f{n}()"],
         "savepoints": ["SAVEPOINT s{n}; SELECT count(*) FROM pg_class"],
+        "cursors that sort": [
+            "DECLARE c{n} CURSOR FOR SELECT a FROM generate_series(1, 1000) a ORDER BY a DESC; FETCH 1 FROM c{n}"],
         "locks": ["SELECT count(pg_advisory_xact_lock({n}, g)) FROM generate_series(1, 20) g"],
         "many tables": ["CREATE TABLE pg_temp.t{n} (a int PRIMARY KEY, b text); DROP TABLE pg_temp.t{n}"],
     }
     setup = {
         "temporary table refilled": "CREATE TEMP TABLE kept (a int)",
         "savepoints": "BEGIN",
+        "cursors that sort": "BEGIN",
         "locks": "BEGIN",
         "jit": "SET jit = on; SET jit_above_cost = 0; SET jit_inline_above_cost = 0; SET jit_optimize_above_cost = 0;"
                " SET max_parallel_workers_per_gather = 0",

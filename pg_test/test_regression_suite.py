@@ -4,6 +4,9 @@ import os
 import re
 import shutil
 import subprocess
+import threading
+import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -25,23 +28,54 @@ def folder(cluster, name):
     return made
 
 
-def regression(cluster, tests, schedule=("--schedule={tests}/parallel_schedule",)):
+@contextmanager
+def no_alarm(cluster):
+    """Asks for leaks once a second meanwhile: there must be none, and no more than one suspect for ten tests."""
+    seen, looks, done, failed = {"leak": {}, "suspect": {}}, [], threading.Event(), []
+
+    def look():
+        try:
+            session = cluster.session()
+            while not done.wait(1):
+                asked = "SELECT verdict, backend_type, function, context, reason FROM rheap_leaks()"
+                for verdict, *whose, reason in (line.split("\t") for line in session(asked).splitlines()):
+                    seen[verdict][tuple(whose)] = reason
+                looks.append(time.monotonic())
+            session.close()
+        except Exception as error:  # noqa: BLE001 - told to the test
+            failed.append(error)
+
+    looker = threading.Thread(target=look)
+    looker.start()
+    try:
+        yield
+    finally:
+        done.set()
+        looker.join()
+    assert failed == []
+    assert seen["leak"] == {}
+    assert len(seen["suspect"]) <= 22, seen["suspect"]
+    assert len(looks) >= 10
+
+
+def regression(cluster, tests):
     """Runs the core suite of a folder of the server's tests; returns (output, differences)."""
     output = folder(cluster, "output")
-    suite = run(
-        tests / "pg_regress",
-        f"--bindir={cluster.bin}",
-        f"--inputdir={tests}",
-        # 15 has them beside the input, without a say.
-        *([f"--expecteddir={tests}"] if cluster.major > 15 else []),
-        f"--dlpath={tests}",
-        f"--outputdir={output}",
-        *(part.format(tests=tests) for part in schedule),
-        f"--host={cluster.root}",
-        "--user=postgres",
-        check=False,
-        timeout=1800,
-    )
+    with no_alarm(cluster):
+        suite = run(
+            tests / "pg_regress",
+            f"--bindir={cluster.bin}",
+            f"--inputdir={tests}",
+            # 15 has them beside the input, without a say.
+            *([f"--expecteddir={tests}"] if cluster.major > 15 else []),
+            f"--dlpath={tests}",
+            f"--outputdir={output}",
+            f"--schedule={tests}/parallel_schedule",
+            f"--host={cluster.root}",
+            "--user=postgres",
+            check=False,
+            timeout=1800,
+        )
     differences = output / "regression.diffs"
     return suite, differences.read_text() if differences.exists() else ""
 

@@ -1,7 +1,7 @@
 //! Call sites of one process or of all, folded by backend type, context path and call stack.
 
-use std::collections::HashMap;
 use std::collections::hash_map::Entry;
+use std::collections::{HashMap, HashSet};
 use std::rc::Rc;
 
 use super::look::{Held, Look};
@@ -69,8 +69,19 @@ impl Gathered {
         }
     }
 
-    /// Why all of it may be kept without a leak, as the names on its stack tell.
-    pub fn reason_to_grow(&self, path: &str, frames: &[Frame]) -> Option<String> {
+    /// Why all of it may be kept without a leak, as the names on nearly all of its stacks tell. Of one stack the frames are
+    /// given.
+    pub fn reason_to_grow(&self, path: &str, frames: &[Frame], symbols: &mut Symbols) -> Option<String> {
+        let [_] = self.stacks[..] else {
+            // Contexts of a cache are made by many ways, with nothing in common but the cache.
+            let reasons = self.stacks.iter().map(|&stack| self.reason_of(path, &symbols.stack(stack)));
+            let reasons: Vec<String> = reasons.flatten().collect();
+            return nearly_all(reasons.len(), self.stacks.len()).then(|| reasons.into_iter().next()).flatten();
+        };
+        self.reason_of(path, frames)
+    }
+
+    fn reason_of(&self, path: &str, frames: &[Frame]) -> Option<String> {
         if self.judgement.of_transaction {
             // Resource owners, for one, have no exported names: a stripped server has the benefit of the doubt, for so long.
             let doubt = || caches::is_nameless(frames).then_some("something of the server's");
@@ -270,16 +281,65 @@ pub fn innermost(frames: &[Frame]) -> usize {
     }
 }
 
-/// The frames that stacks have in common, from `main` on, and the culprit among them: who made the contexts that
-/// these stacks allocate in. Of a function that allocates at several of its lines, one line is shown.
+/// What is said of all stacks of a row must hold for nine of ten.
+fn nearly_all(some: usize, all: usize) -> bool {
+    some * 10 >= all * 9
+}
+
+/// Who made the contexts that all these stacks allocate in: the innermost function that nearly all of them have, at
+/// whatever depth, and the frames from there on of a stack that has it.
 pub fn common(stacks: Vec<Vec<Frame>>) -> (Vec<Frame>, usize) {
-    let same = |a: &Frame, b: &Frame| a == b || (a.function.is_some() && a.function == b.function);
-    let mut stacks = stacks.into_iter();
-    let mut shared: Vec<Frame> = stacks.next().unwrap_or_default();
-    for other in stacks {
-        let common = shared.iter().rev().zip(other.iter().rev()).take_while(|(a, b)| same(a, b)).count();
-        shared.drain(..shared.len() - common);
+    let culprits = |frames: &[Frame]| -> Vec<String> {
+        frames.iter().filter_map(|f| f.function.clone()).filter(|f| !is_helper(f)).collect()
+    };
+    let functions: Vec<Vec<String>> = stacks.iter().map(|frames| culprits(frames)).collect();
+    let mut having: HashMap<&str, usize> = HashMap::new();
+    for of_stack in &functions {
+        for function in of_stack.iter().map(String::as_str).collect::<HashSet<_>>() {
+            *having.entry(function).or_default() += 1;
+        }
     }
-    let index = innermost(&shared);
-    (shared, index)
+    let innermost: Vec<Option<&str>> = functions
+        .iter()
+        .map(|of_stack| of_stack.iter().map(String::as_str).find(|f| nearly_all(having[f], stacks.len())))
+        .collect();
+    let votes = |function: &str| innermost.iter().filter(|&&f| f == Some(function)).count();
+    // The first of equals.
+    let best = innermost.iter().flatten().rev().copied().max_by_key(|function| votes(function));
+    let chosen = best.and_then(|best| {
+        let stack = innermost.iter().position(|&f| f == Some(best))?;
+        let from = stacks[stack].iter().position(|f| f.function.as_deref() == Some(best))?;
+        Some(stacks[stack][from..].to_vec())
+    });
+    (chosen.unwrap_or_else(|| stacks.into_iter().next().unwrap_or_default()), 0)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn stack(functions: &[&str]) -> Vec<Frame> {
+        let frame =
+            |&f: &&str| Frame { function: Some(f.into()), location: format!("{f}.c:1"), address: String::new() };
+        functions.iter().map(frame).collect()
+    }
+
+    fn culprit_of(stacks: &[&[&str]]) -> String {
+        let (frames, at) = common(stacks.iter().map(|s| stack(s)).collect());
+        assert_eq!((frames[frames.len() - 1].name(), at), ("main", 0));
+        frames[at].name().into()
+    }
+
+    #[test]
+    fn who_makes_contexts_is_found_at_whatever_depth() {
+        let direct: &[&str] = &["palloc", "compile", "do_compile", "call_handler", "main"];
+        let nested: &[&str] =
+            &["palloc", "copyObjectImpl", "add", "do_compile", "call_handler", "loop", "call", "main"];
+        assert_eq!(culprit_of(&[direct, nested]), "do_compile");
+        assert_eq!(culprit_of(&[direct, direct]), "compile");
+        // One that has nothing to do with it is outvoted by nine, not by one.
+        let other: &[&str] = &["palloc", "do_prepare", "main"];
+        assert_eq!(culprit_of(&[other, direct]), "main");
+        assert_eq!(culprit_of(&[&[other][..], &[nested, direct].repeat(5)].concat()), "do_compile");
+    }
 }

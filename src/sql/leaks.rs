@@ -212,7 +212,8 @@ impl Namer {
         for row in rows.iter().filter(|row| is_candidate(row)) {
             super::pause();
             let (frames, at) = row.frames(&mut self.symbols);
-            if row.reason_to_grow(&self.share.path_name(row.copy.path), &frames).is_none() {
+            let path = self.share.path_name(row.copy.path);
+            if row.reason_to_grow(&path, &frames, &mut self.symbols).is_none() {
                 let (sum, most) = self.sizes.entry(culprit(row, &frames, at)).or_default();
                 (*sum, *most) = (*sum + row.size, row.size.max(*most));
             }
@@ -226,14 +227,14 @@ impl Namer {
     }
 
     /// With frames that are known already.
-    pub fn named(&self, mut gathered: Gathered, frames: Vec<Frame>, at: usize) -> Named {
+    pub fn named(&mut self, mut gathered: Gathered, frames: Vec<Frame>, at: usize) -> Named {
         let path = self.share.path_name(gathered.copy.path);
         let query_id = Some(gathered.copy.query_id).filter(|&id| id != 0 && self.all_stats);
         gathered.judgement = self.judgement(&gathered, &path, &frames, at);
         Named { gathered, path, frames, at, query_id }
     }
 
-    fn judgement(&self, row: &Gathered, path: &str, frames: &[Frame], at: usize) -> Judgement {
+    fn judgement(&mut self, row: &Gathered, path: &str, frames: &[Frame], at: usize) -> Judgement {
         let judgement = row.judgement.clone();
         if let Some(found) = self.suppression(row.copy.path, path, frames) {
             return found.judgement(judgement);
@@ -241,7 +242,7 @@ impl Namer {
         if judgement.verdict < Verdict::Suspect {
             return judgement;
         }
-        if let Some(why) = row.reason_to_grow(path, frames) {
+        if let Some(why) = row.reason_to_grow(path, frames, &mut self.symbols) {
             return judgement.cache(&why);
         }
         let (sum, most) = self.sizes.get(&culprit(row, frames, at)).copied().unwrap_or_default();

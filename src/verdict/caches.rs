@@ -42,8 +42,20 @@ const CACHES: &[Known] = &[
             "AllocateRelationDesc",
             "formrdesc",
             "CopyIndexAttOptions",
-            "get_relation_info_hook",
-            "fetch_fk_constraints",
+            "index_getprocinfo",
+            "index_opclass_options",
+            "set_fn_opclass_options",
+            "_bt_getroot",
+            "_bt_getrootheight",
+            "_bt_metaversion",
+            "_hash_getcachedmetap",
+            "spgGetCache",
+            "ri_FetchConstraintInfo",
+            "ri_LoadConstraintInfo",
+            "ri_FetchPreparedPlan",
+            "ri_HashPreparedPlan",
+            "ri_HashCompareOp",
+            "ri_InitHashTables",
         ],
         objects: 65_536,
         why: "the server's cache of relations fills as tables and indexes are used",
@@ -75,13 +87,14 @@ const CACHES: &[Known] = &[
     },
     Known {
         functions: &["SPI_prepare*", "SPI_keepplan", "SPI_saveplan", "GetCachedPlan", "init_sql_fcache", "fmgr_sql"],
-        objects: 512,
+        objects: 2048,
         why: "plans are kept for the session",
     },
     Known { functions: &["exec_parse_message"], objects: 256, why: "drivers keep a number of prepared statements" },
     Known {
         functions: &["RE_compile_and_cache"],
-        objects: 64,
+        // An expression is of many pieces.
+        objects: 1024,
         why: "compiled regular expressions are kept, 32 of them",
     },
     Known {
@@ -110,17 +123,26 @@ const CACHES: &[Known] = &[
     },
 ];
 
-/// So many innermost frames may be the server's own work for the function that is looked for.
+/// So many frames from the culprit on may be the server's own work for the function that is looked for.
 const NEAR: usize = 10;
+
+/// The names up to there. What only allocates for its caller does not count: a tree that is read or copied recurses.
+fn near(frames: &[Frame]) -> impl Iterator<Item = &str> {
+    let mut own = 0;
+    let near = frames.iter().take_while(move |f| {
+        own += !f.function.as_deref().is_some_and(is_helper) as usize;
+        own <= NEAR
+    });
+    near.filter_map(|f| f.function.as_deref())
+}
 
 /// Fewer surviving generations than this are a cache that fills fast.
 const HABIT: u32 = 12;
 
 /// Why what a stack allocates is no leak yet, of which a process has so many objects of so many generations.
 pub fn known(path: &str, frames: &[Frame], objects: u64, generations: u32) -> Option<&'static str> {
-    let names = frames.iter().take(NEAR).filter_map(|f| f.function.as_deref());
     let mut cache = None;
-    for name in names {
+    for name in near(frames) {
         // A statement of the user's, not a plan of the server's.
         if name == "PrepareQuery" {
             return None;
@@ -180,6 +202,11 @@ const UNTIL_TRANSACTION_END: &[(&str, &str)] = &[
     ("pgstat_prep_pending_entry", "counters that are sent when the transaction has ended"),
     ("RegisterSnapshotOnOwner", "a snapshot in use"),
     ("CreatePortal", "a cursor"),
+    ("tuplesort_put*", "the rows that a cursor sorts"),
+    ("tuplestore_put*", "the rows that a cursor has read"),
+    ("ExecHashTableInsert", "the rows that a cursor joins"),
+    ("LookupTupleHashEntry*", "the groups of rows of a cursor"),
+    ("tbm_*", "which rows a cursor reads"),
 ];
 
 /// Whether contexts of a path are made with a relation that is made, and go when its transaction ends.
@@ -189,8 +216,9 @@ pub fn goes_with_relation(path: &str) -> bool {
 
 /// What a stack has allocated that is given back when the transaction ends, as its innermost named functions tell.
 pub fn until_transaction_ends(frames: &[Frame]) -> Option<&'static str> {
-    let mut names = frames.iter().take(NEAR).filter_map(|f| f.function.as_deref());
-    names.find_map(|name| UNTIL_TRANSACTION_END.iter().find(|&(known, _)| is(known, name))).map(|&(_, what)| what)
+    near(frames)
+        .find_map(|name| UNTIL_TRANSACTION_END.iter().find(|&(known, _)| is(known, name)))
+        .map(|&(_, what)| what)
 }
 
 #[cfg(test)]
@@ -214,6 +242,10 @@ mod tests {
         assert!(known(PLACES[0], &relcache, 500, 500).is_some());
         assert!(known(PLACES[0], &relcache, 100_000, 11).is_some(), "many at a time");
         assert_eq!(known(PLACES[0], &relcache, 100_000, 12), None);
+        let mut rule = vec!["palloc"];
+        rule.extend(["parseNodeString", "_readQuery", "nodeRead"].repeat(5));
+        rule.extend(["stringToNode", "RelationBuildRuleLock"]);
+        assert!(known(PLACES[0], &stack(&rule), 4, 40).is_some(), "however deep the tree");
         assert!(
             known(
                 PLACES[0],
@@ -259,6 +291,8 @@ mod tests {
             until_transaction_ends(&stack(&["hash_search", "LockAcquireExtended", "LockRelationOid"])),
             Some("a lock of each object that was used")
         );
+        let cursor = stack(&["palloc", "ExecCopySlotMinimalTuple", "tuplestore_puttupleslot", "ExecMaterial"]);
+        assert_eq!(until_transaction_ends(&cursor), Some("the rows that a cursor has read"));
         assert_eq!(until_transaction_ends(&stack(&["palloc", "drandom"])), None);
     }
 }

@@ -45,6 +45,8 @@ pub struct Evidence {
     pub live_count: u64,
     pub alloc_bytes: u64,
     pub alloc_count: u64,
+    /// What is known of chunks is known of a sample of them.
+    pub sampled: bool,
     /// What is alive, by bins of `bin_width` epochs from `first_epoch` on.
     pub ages: [Age; BINS],
     pub bin_width: u64,
@@ -97,6 +99,8 @@ const RECENT_BURST: u32 = 64;
 /// Of the pace in the earlier half of its life, what a growth has lost that saturates, or may be about to.
 const SATURATED: f64 = 0.2;
 const SATURATING: f64 = 0.45;
+/// Of a sample, the halves must differ by so many times what chance makes of it.
+const SIGNIFICANT: f64 = 3.0;
 /// One chunk freed among so many alive says how long chunks live here.
 const TURNOVER: u64 = 16;
 /// What a process that has no messages did not add to for so long, it may not add to again; microseconds.
@@ -176,7 +180,11 @@ pub fn judge(e: &Evidence) -> Judgement {
         n => format!("{n} contexts of one kind in {}, ", bytes(e.context_bytes)),
     };
     let reason = format!("{many}{held}{fate}, {per_unit} per {unit}, {survivors}{}", e.since());
-    if kept_pace < SATURATING && ages.records >= 16 {
+    let enough = match e.sampled {
+        false => ages.records >= 16,
+        true => (1.0 - kept_pace) / (1.0 + kept_pace) * (generations as f64).sqrt() > SIGNIFICANT,
+    };
+    if kept_pace < SATURATING && enough {
         let slower = format!("growth slows down, to {:.0} % of what it was; {reason}", kept_pace * 100.0);
         return done(Verdict::Suspect, confidence.min(0.45), slower);
     }
@@ -277,6 +285,7 @@ pub fn judge_account(progress: &Progress, copy: &SiteCopy, contexts: u32, contex
         live_count: copy.live_count,
         alloc_bytes: copy.alloc_bytes,
         alloc_count: copy.alloc_count,
+        sampled: !copy.exact,
         ages: copy.ages,
         bin_width: copy.bin_width,
         first_epoch: copy.first_epoch,

@@ -104,6 +104,24 @@ fn a_leak_in_each_epoch_is_a_leak() {
 }
 
 #[test]
+fn what_chance_makes_of_a_small_sample_is_no_saturation() {
+    // A third of what the earlier half has joined in the later.
+    let slower = |sampled: bool, rate: u32| {
+        let mut b = Bench::new();
+        b.e.sampled = sampled;
+        b.run(2400, |b| {
+            let pace = if b.epoch <= 1200 { 90 / rate } else { 270 / rate };
+            if b.epoch.is_multiple_of(pace) {
+                b.allocate(CHUNK);
+            }
+        })
+    };
+    let verdicts = [(false, 1), (true, 1), (true, 10)].map(|(sampled, rate)| slower(sampled, rate));
+    assert_eq!(verdicts.clone().map(|j| j.generations), [17, 17, 177]);
+    assert_eq!(verdicts.map(|j| j.verdict), [Verdict::Suspect, Verdict::Leak, Verdict::Suspect]);
+}
+
+#[test]
 fn a_rare_leak_among_much_churn_is_a_leak() {
     assert_eq!(site(5000, 50, |epoch| epoch.is_multiple_of(50) as u32).verdict, Verdict::Leak);
 }
