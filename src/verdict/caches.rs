@@ -154,9 +154,9 @@ pub fn known(path: &str, frames: &[Frame], objects: u64, generations: u32) -> Op
 }
 
 /// Whether static functions of a stripped server have allocated it, where nobody but the server's caches does: the look-ups
-/// in catalogs call each other in a way that leaves no exported name on the stack.
+/// in catalogs and the triggers of foreign keys call each other in a way that leaves no exported name on the stack.
 fn is_nameless_cache(path: &str, frames: &[Frame]) -> bool {
-    path == PLACES[0] && is_nameless(frames)
+    PLACES[..2].contains(&path) && is_nameless(frames)
 }
 
 /// Whether a function of a stripped server that has no exported name is the culprit.
@@ -202,6 +202,8 @@ const UNTIL_TRANSACTION_END: &[(&str, &str)] = &[
     ("pgstat_prep_pending_entry", "counters that are sent when the transaction has ended"),
     ("RegisterSnapshotOnOwner", "a snapshot in use"),
     ("CreatePortal", "a cursor"),
+    ("llvm_create_context", "what was compiled for a statement that runs"),
+    ("llvm_get_function", "what was compiled for a statement that runs"),
     ("tuplesort_put*", "the rows that a cursor sorts"),
     ("tuplestore_put*", "the rows that a cursor has read"),
     ("ExecHashTableInsert", "the rows that a cursor joins"),
@@ -272,6 +274,7 @@ mod tests {
     fn a_cache_of_a_stripped_server_is_known_by_its_place() {
         let stripped = stack(&["palloc", "?", "?", "find_coercion_pathway"]);
         assert!(known(PLACES[0], &stripped, 10, 100).is_some());
+        assert!(known("TopMemoryContext/dynahash", &stripped, 10, 100).is_some());
         assert_eq!(known("TopMemoryContext", &stripped, 10, 100), None);
         let mut extension = stripped.clone();
         extension[1].address = "my_extension+0x17".into();
