@@ -8,7 +8,7 @@ use super::look::{Held, Look};
 use crate::ledger::account::SiteCopy;
 use crate::share::Share;
 use crate::share::row::Seen;
-use crate::symbols::helpers::is_helper;
+use crate::symbols::helpers::{innermost, is_helper};
 use crate::symbols::{Frame, Symbols};
 use crate::verdict::{Judgement, Verdict, caches, judge_account};
 use crate::walk::path::DEEPEST;
@@ -263,24 +263,6 @@ pub fn culprit(symbols: &mut Symbols, stack: u32) -> (Vec<Frame>, usize) {
     (frames, index)
 }
 
-/// Functions without a name that a helper has called are its own, on stripped servers: so many at most.
-const NAMELESS: usize = 3;
-
-/// The index of the innermost frame that does not only allocate for its caller.
-pub fn innermost(frames: &[Frame]) -> usize {
-    let helps = |f: &Frame| f.function.as_deref().is_some_and(is_helper);
-    let mut at = 0;
-    loop {
-        let nameless = frames[at..].iter().take_while(|f| f.function.is_none()).take(NAMELESS).count();
-        match frames.get(at + nameless) {
-            Some(frame) if helps(frame) => at += nameless + 1,
-            Some(_) => return at,
-            // Helpers all the way: the one that allocates says most.
-            None => return 0,
-        }
-    }
-}
-
 /// What is said of all stacks of a row must hold for nine of ten.
 fn nearly_all(some: usize, all: usize) -> bool {
     some * 10 >= all * 9
@@ -299,15 +281,15 @@ pub fn common(stacks: Vec<Vec<Frame>>) -> (Vec<Frame>, usize) {
             *having.entry(function).or_default() += 1;
         }
     }
-    let innermost: Vec<Option<&str>> = functions
+    let innermost_of: Vec<Option<&str>> = functions
         .iter()
         .map(|of_stack| of_stack.iter().map(String::as_str).find(|f| nearly_all(having[f], stacks.len())))
         .collect();
-    let votes = |function: &str| innermost.iter().filter(|&&f| f == Some(function)).count();
+    let votes = |function: &str| innermost_of.iter().filter(|&&f| f == Some(function)).count();
     // The first of equals.
-    let best = innermost.iter().flatten().rev().copied().max_by_key(|function| votes(function));
+    let best = innermost_of.iter().flatten().rev().copied().max_by_key(|function| votes(function));
     let chosen = best.and_then(|best| {
-        let stack = innermost.iter().position(|&f| f == Some(best))?;
+        let stack = innermost_of.iter().position(|&f| f == Some(best))?;
         let from = stacks[stack].iter().position(|f| f.function.as_deref() == Some(best))?;
         Some(stacks[stack][from..].to_vec())
     });

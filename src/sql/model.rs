@@ -4,11 +4,12 @@ use std::collections::HashMap;
 
 use pgrx::pg_sys;
 
-use super::gather::{Fold, gather, innermost};
+use super::gather::{Fold, gather};
 use super::leaks::{Named, Namer, leaks};
 use super::look::Look;
 use super::{contexts::contexts, processes::processes};
 use crate::exports::{Call, Leak, Model, Site};
+use crate::symbols::helpers::innermost;
 use crate::symbols::{Frame, place};
 
 /// Writes something from what is known of one process or of all now.

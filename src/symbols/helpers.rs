@@ -1,6 +1,8 @@
 //! Functions that allocate on behalf of their caller. The culprit of a leak is the innermost frame that is none of
 //! these. By exported names, so that it holds on stripped servers too; easy to extend.
 
+use super::Frame;
+
 /// The allocator itself: what rheap counts the calls of.
 const ALLOCATOR: &[&str] = &[
     "palloc",
@@ -315,6 +317,24 @@ pub fn is_allocator(function: &str) -> bool {
 /// Whether a function allocates only on behalf of its caller.
 pub fn is_helper(function: &str) -> bool {
     is_allocator(function) || NAMES.contains(&function) || PREFIXES.iter().any(|p| function.starts_with(p))
+}
+
+/// Functions without a name that a helper has called are its own, on stripped servers: so many at most.
+const NAMELESS: usize = 3;
+
+/// The index of the innermost frame that does not only allocate for its caller.
+pub fn innermost(frames: &[Frame]) -> usize {
+    let helps = |f: &Frame| f.function.as_deref().is_some_and(is_helper);
+    let mut at = 0;
+    loop {
+        let nameless = frames[at..].iter().take_while(|f| f.function.is_none()).take(NAMELESS).count();
+        match frames.get(at + nameless) {
+            Some(frame) if helps(frame) => at += nameless + 1,
+            Some(_) => return at,
+            // Helpers all the way: the one that allocates says most.
+            None => return 0,
+        }
+    }
 }
 
 #[cfg(test)]

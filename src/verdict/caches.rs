@@ -3,7 +3,7 @@
 //! believed; what outgrows that is judged like everything else.
 
 use crate::symbols::Frame;
-use crate::symbols::helpers::is_helper;
+use crate::symbols::helpers::{innermost, is_helper};
 
 struct Known {
     /// One of the innermost frames; `*` at the end stands for any more text.
@@ -161,8 +161,7 @@ fn is_nameless_cache(path: &str, frames: &[Frame]) -> bool {
 
 /// Whether a function of a stripped server that has no exported name is the culprit.
 pub fn is_nameless(frames: &[Frame]) -> bool {
-    let culprit = frames.iter().find(|f| !f.function.as_deref().is_some_and(is_helper));
-    culprit.is_some_and(|f| f.function.is_none() && f.address.starts_with("postgres+"))
+    frames.get(innermost(frames)).is_some_and(|f| f.function.is_none() && f.address.starts_with("postgres+"))
 }
 
 fn is(function: &str, name: &str) -> bool {
@@ -274,7 +273,10 @@ mod tests {
     fn a_cache_of_a_stripped_server_is_known_by_its_place() {
         let stripped = stack(&["palloc", "?", "?", "find_coercion_pathway"]);
         assert!(known(PLACES[0], &stripped, 10, 100).is_some());
-        assert!(known("TopMemoryContext/dynahash", &stripped, 10, 100).is_some());
+        let table = ["MemoryContextAlloc", "?", "hash_search_with_hash_value", "?", "AfterTriggerEndQuery"];
+        assert!(known("TopMemoryContext/dynahash", &stack(&table), 10, 100).is_some());
+        let of_an_extension = ["MemoryContextAlloc", "?", "hash_search", "my_extension_leak", "ExecInterpExpr"];
+        assert_eq!(known("TopMemoryContext/dynahash", &stack(&of_an_extension), 10, 100), None);
         assert_eq!(known("TopMemoryContext", &stripped, 10, 100), None);
         let mut extension = stripped.clone();
         extension[1].address = "my_extension+0x17".into();
