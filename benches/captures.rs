@@ -86,10 +86,13 @@ impl Rheap {
     fn capture(&mut self, regs: Regs) -> u32 {
         // SAFETY: the registers of the caller's own frame; AVX2 was looked for.
         unsafe {
-            if self.gathers
-                && let Some(known) = self.stacks.recall_first::<true>(regs.sp)
-            {
-                return known.stack;
+            if self.gathers {
+                if let Some(known) = self.stacks.recall_next::<true>(regs.sp) {
+                    return known.stack;
+                }
+                if let Some(known) = self.stacks.recall_first::<true>(regs.sp) {
+                    return known.stack;
+                }
             }
             match self.stacks.recall(regs.sp) {
                 Some(known) => known.stack,

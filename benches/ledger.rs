@@ -4,7 +4,7 @@ use std::hint::black_box;
 
 use criterion::{BatchSize, Criterion, criterion_group, criterion_main};
 use rheap::ledger::account::{Site, Stamp};
-use rheap::ledger::{Decision, Due, Ledger, Sites};
+use rheap::ledger::{Decision, Due, Holder, Ledger, Sites};
 
 struct Accounts(Vec<Site>);
 
@@ -19,7 +19,7 @@ const BASE: u64 = 0x7f00_0000_0000;
 
 fn alloc(ledger: &mut Ledger, sites: &Accounts, address: u64) {
     if let Decision::Record(level) = ledger.ask(1, 120, 1, sites) {
-        ledger.hold(address, 120, 1, 1, 1, level, STAMP, sites);
+        ledger.hold(address, 120, Holder::new(1, 1), 1, level, STAMP, sites);
     }
 }
 

@@ -189,26 +189,33 @@ pub fn statement_start() -> i64 {
     unsafe { GetCurrentStatementStartTimestamp() }
 }
 
-/// A transaction is going on that nobody has begun with a statement of its own. Between two messages: more are to come
-/// of a statement that is bound, described and executed by one each.
+/// What goes on between two messages.
+#[derive(Clone, Copy, PartialEq)]
+pub enum Transaction {
+    None,
+    /// Nobody has begun it with a statement of its own: more messages are to come of a statement that is bound, described
+    /// and executed by one each.
+    Implicit,
+    /// It has begun with BEGIN.
+    Block,
+}
+
+/// The transaction that this process is in.
 #[inline(always)]
-pub fn in_implicit_transaction() -> bool {
+pub fn transaction() -> Transaction {
     // Declared here as above.
     unsafe extern "C-unwind" {
         fn IsTransactionOrTransactionBlock() -> bool;
-    }
-    // SAFETY: reads a variable of the server.
-    unsafe { IsTransactionOrTransactionBlock() && !in_transaction_block() }
-}
-
-/// A transaction is going on that has begun with BEGIN.
-#[inline(always)]
-pub fn in_transaction_block() -> bool {
-    unsafe extern "C-unwind" {
         fn IsTransactionBlock() -> bool;
     }
-    // SAFETY: reads a variable of the server.
-    unsafe { IsTransactionBlock() }
+    // SAFETY: both read a variable of the server.
+    unsafe {
+        match () {
+            _ if !IsTransactionOrTransactionBlock() => Transaction::None,
+            _ if !IsTransactionBlock() => Transaction::Implicit,
+            _ => Transaction::Block,
+        }
+    }
 }
 
 /// This process is on its way out.

@@ -23,28 +23,55 @@ pub fn install() {
     }
 }
 
+/// What most statements need, an EXECUTE among them, takes no frame: the rest is jumped to.
 unsafe extern "C-unwind" fn analyzed(state: *mut ParseState, query: *mut Query, jumble: *mut JumbleState) {
-    let mut jumble = jumble;
-    crate::process::follow_wish();
-    // SAFETY: the server passes a fresh query tree. No value with a destructor is alive when a call may raise.
+    // SAFETY: the server passes a fresh query tree.
     unsafe {
-        if jumble.is_null()
-            && is_looked_up(query)
-            && (*query).queryId == 0
-            && pg_sys::compute_query_id != pg_sys::ComputeQueryIdType::COMPUTE_QUERY_ID_OFF as c_int
-        {
-            jumble = pg_compat::jumble(state, query);
+        if crate::process::has_wish() || is_to_be_computed(query, jumble) {
+            return analyzed_with_id(state, query, jumble);
         }
-        let previous = PREVIOUS.load(Relaxed);
-        if !previous.is_null() {
+        go_on(state, query, jumble)
+    }
+}
+
+#[inline(never)]
+unsafe extern "C-unwind" fn analyzed_with_id(state: *mut ParseState, query: *mut Query, jumble: *mut JumbleState) {
+    crate::process::follow_wish();
+    // SAFETY: the caller's promise. No value with a destructor is alive when a call may raise.
+    unsafe {
+        let jumble = if is_to_be_computed(query, jumble) { pg_compat::jumble(state, query) } else { jumble };
+        go_on(state, query, jumble)
+    }
+}
+
+#[inline(always)]
+unsafe fn go_on(state: *mut ParseState, query: *mut Query, jumble: *mut JumbleState) {
+    let previous = PREVIOUS.load(Relaxed);
+    if !previous.is_null() {
+        // SAFETY: what was there before is a hook of this type.
+        unsafe {
             let previous: Hook = std::mem::transmute(previous);
-            previous(state, query, jumble);
+            previous(state, query, jumble)
         }
     }
 }
 
 /// # Safety
 /// A query tree.
+#[inline(always)]
+unsafe fn is_to_be_computed(query: *const Query, jumble: *const JumbleState) -> bool {
+    // SAFETY: the caller's promise; a plain read of the server's setting.
+    unsafe {
+        jumble.is_null()
+            && is_looked_up(query)
+            && (*query).queryId == 0
+            && pg_sys::compute_query_id != pg_sys::ComputeQueryIdType::COMPUTE_QUERY_ID_OFF as c_int
+    }
+}
+
+/// # Safety
+/// A query tree.
+#[inline(always)]
 unsafe fn is_looked_up(query: *const Query) -> bool {
     // SAFETY: the caller's promise; a utility query has its statement.
     unsafe {

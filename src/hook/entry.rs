@@ -22,6 +22,9 @@ const ORIGINAL_ALLOC: usize = ORIGINAL + offset_of!(Methods, alloc);
 const GAPS: usize = offset_of!(Process, ledger) + offset_of!(Ledger, cells) + offset_of!(cells::Cells, gaps);
 const FILTER: usize = offset_of!(Process, ledger) + offset_of!(Ledger, filter);
 const CALLERS: usize = offset_of!(Process, stacks) + offset_of!(Stacks, callers);
+/// The place of an address in the filter is its low 32 bits, times the one, shifted right by the other.
+const FILTER_LEFT: u32 = 1 << (32 - filter::ALIGNMENT - filter::PLACES.ilog2());
+const FILTER_RIGHT: u32 = 32 - filter::PLACES.ilog2();
 // The entries below compute by shifts and masks.
 const _: () = assert!(callers::CALLERS == 256);
 const _: () = assert!(cells::CELLS.is_power_of_two() && filter::PLACES.is_power_of_two());
@@ -54,12 +57,11 @@ macro_rules! first_touch {
                 "mov r10, [rdi + {context_name}]",
                 "mov eax, r10d",
                 "and eax, {learned_mask}",
-                "lea r11, [rip + {tables} + {learned}]",
-                "cmp [r11 + rax * 8], r10",
+                "cmp [r9 + rax * 8 + {learned}], r10",
                 "je 3f",
-                "lea rax, [r9 + {pair}]",
-                "mov [rdi + {methods}], rax",
-                "jmp [rax + {original_alloc}]",
+                "add r9, {pair}",
+                "mov [rdi + {methods}], r9",
+                "jmp [r9 + {original_alloc}]",
                 // The one context of each statement whose parent does not tell.
                 "3:",
                 "mov rax, [rip + {transaction}@GOTPCREL]",
@@ -81,7 +83,7 @@ macro_rules! first_touch {
                 tables = sym TABLES,
                 pass = const offset_of!(Tables, pass),
                 span = const offset_of!(Tables, pass_span),
-                learned = const offset_of!(Tables, learned),
+                learned = const offset_of!(Tables, learned) as isize - offset_of!(Tables, pass) as isize,
                 learned_mask = const tables::LEARNED - 1,
                 pair = const $kind * size_of::<Pair>(),
                 original_alloc = const ORIGINAL_ALLOC,
@@ -133,24 +135,38 @@ unsafe extern "C-unwind" fn alloc() {
     )
 }
 
-/// An allocation in a watched context when all of them are recorded. The frame pointer is put aside: only few need it.
+/// An allocation in a watched context when all of them are recorded. No register but the stack pointer has to be saved
+/// across the original call for what follows, so the frame pointer is still the caller's then.
 macro_rules! alloc_exact {
     ($name:ident => $to:path) => {
         #[unsafe(naked)]
         unsafe extern "C-unwind" fn $name() {
             core::arch::naked_asm!(
-                "mov [rip + {process} + {bp}], rbp",
+                ".cfi_startproc",
+                "sub rsp, 24",
+                ".cfi_adjust_cfa_offset 24",
+                "mov [rsp], rdi",
+                "mov [rsp + 8], rsi",
+                "mov rax, [rdi + {methods}]",
+                "call [rax + {original_alloc}]",
+                "mov rdi, [rsp]",
+                "mov rsi, [rsp + 8]",
+                "add rsp, 24",
+                ".cfi_adjust_cfa_offset -24",
+                "mov rdx, rax",
                 "mov rcx, rsp",
+                "mov r8, rbp",
                 "jmp {to}",
-                process = sym PROCESS,
-                bp = const offset_of!(Process, bp),
+                ".cfi_endproc",
+                methods = const METHODS,
+                original_alloc = const ORIGINAL_ALLOC,
                 to = sym $to,
             )
         }
     };
 }
-alloc_exact!(alloc_exact => alloc_exact_from::<false>);
-alloc_exact!(alloc_exact_gathering => alloc_exact_from::<true>);
+alloc_exact!(alloc_exact => allocated_exact::<false>);
+alloc_exact!(alloc_exact_gathering => allocated_exact::<true>);
 
 /// Between two statements: MessageContext is reset.
 #[unsafe(naked)]
@@ -244,37 +260,20 @@ unsafe extern "C-unwind" fn alloc_from(
     }
 }
 
-unsafe extern "C-unwind" fn alloc_exact_from<const GATHER: bool>(
+/// After the original call, which has returned `chunk`. All that is not the commonest case is jumped to, so that no
+/// register has to be saved for it.
+unsafe extern "C-unwind" fn allocated_exact<const GATHER: bool>(
     context: MemoryContext,
     size: usize,
-    flags: c_int,
-    sp: u64,
-) -> *mut c_void {
-    // SAFETY: as for `alloc_from`.
-    unsafe {
-        let chunk = original_alloc(context, size, flags);
-        if !chunk.is_null() && !process::allocated_again::<GATHER>(context, chunk as u64, size as u64, sp) {
-            return alloc_exact_otherwise(context, size, sp, chunk);
-        }
-        chunk
-    }
-}
-
-#[cold]
-#[inline(never)]
-unsafe extern "C-unwind" fn alloc_exact_otherwise(
-    context: MemoryContext,
-    size: usize,
-    sp: u64,
     chunk: *mut c_void,
+    sp: u64,
+    bp: u64,
 ) -> *mut c_void {
-    // SAFETY: as for `alloc_from`; the entry has put the frame pointer there.
-    unsafe {
-        let regs = Regs { sp, bp: process::current().bp };
-        let cell = process::cell(regs);
-        process::allocated(context, chunk as u64, size as u64, regs, cell);
+    if chunk.is_null() {
+        return chunk;
     }
-    chunk
+    // SAFETY: as for `alloc_from`. The frame pointer is the caller's.
+    unsafe { process::allocated_again::<GATHER>(context, chunk, size as u64, Regs { sp, bp }) }
 }
 
 /// A palloc in a context that passes, after the timer has armed the pass tables.
@@ -332,16 +331,16 @@ mod dispatch {
     #[unsafe(naked)]
     unsafe extern "C-unwind" fn free(context: MemoryContext, chunk: *mut c_void) {
         core::arch::naked_asm!(
-            "mov rax, rsi",
-            "shr rax, {alignment}",
-            "and eax, {mask}",
+            // The bits above the place's are shifted out at the left.
+            "imul eax, esi, {left}",
+            "shr eax, {right}",
             "lea r9, [rip + {process} + {filter}]",
             "cmp byte ptr [r9 + rax], 0",
             "jne {slow}",
             "mov rax, [rdi + {methods}]",
             "jmp [rax + {original_free}]",
-            alignment = const filter::ALIGNMENT,
-            mask = const filter::PLACES - 1,
+            left = const FILTER_LEFT,
+            right = const FILTER_RIGHT,
             process = sym PROCESS,
             filter = const FILTER,
             methods = const METHODS,
@@ -404,15 +403,15 @@ mod dispatch {
                 #[unsafe(naked)]
                 unsafe extern "C-unwind" fn $free(chunk: *mut c_void) {
                     core::arch::naked_asm!(
-                        "mov rax, rdi",
-                        "shr rax, {alignment}",
-                        "and eax, {mask}",
+                        // The bits above the place's are shifted out at the left.
+                        "imul eax, edi, {left}",
+                        "shr eax, {right}",
                         "lea rcx, [rip + {process} + {filter}]",
                         "cmp byte ptr [rcx + rax], 0",
                         "jne {slow}",
                         "jmp [rip + {tables} + {original_free}]",
-                        alignment = const filter::ALIGNMENT,
-                        mask = const filter::PLACES - 1,
+                        left = const FILTER_LEFT,
+                        right = const FILTER_RIGHT,
                         process = sym PROCESS,
                         filter = const FILTER,
                         tables = sym TABLES,

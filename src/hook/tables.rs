@@ -96,7 +96,7 @@ pub unsafe fn patch(bases: [*mut Methods; KIND_COUNT], entries: &Entries) -> Res
     };
     tables.base = bases;
     tables.tick = entries.tick;
-    tables.alloc = [entries.alloc, entries.alloc_exact[crate::stack::memory::gathers() as usize]];
+    tables.alloc = [entries.alloc, entries.alloc_exact[crate::stack::Stacks::gathers() as usize]];
     if !DISPATCH_BY_CHUNK {
         tables.free = [Some(entries.free), Some(entries.free_exact)];
     }

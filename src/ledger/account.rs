@@ -207,14 +207,15 @@ impl Site {
         }
     }
 
-    /// Counts an allocation that is freed again already.
+    /// Counts an allocation that is freed again already. `now` tells the time and the query's id.
     #[inline(always)]
-    pub fn pair(&self, size: u64, weight: u64, epoch: u32, now: i64, query_id: impl FnOnce() -> i64) {
+    pub fn pair(&self, size: u64, weight: u64, epoch: u32, now: impl FnOnce() -> (i64, i64)) {
         let _write = self.write();
         if self.last_epoch.load(Relaxed) != epoch {
             self.last_epoch.store(epoch, Relaxed);
+            let (now, query_id) = now();
             self.last_seen.store(now, Relaxed);
-            self.query_id.store(query_id(), Relaxed);
+            self.query_id.store(query_id, Relaxed);
         }
         add(&self.alloc_count, weight);
         add(&self.alloc_bytes, weight * size);

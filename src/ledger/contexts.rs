@@ -46,7 +46,7 @@ impl Ledger {
             return 0;
         }
         let (mut ended, mut from) = (0, 0);
-        while let Some((address, chunk)) = self.pending.next(&mut from, |c| c.context == context) {
+        while let Some((address, chunk)) = self.pending.next(&mut from, |c| c.holder.context() == context) {
             self.pair(address, &chunk, stamp, sites);
             ended += 1;
         }

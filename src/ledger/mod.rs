@@ -25,6 +25,7 @@ use cells::Cells;
 use entries::{Context, Record, SiteKey};
 use filter::Filter;
 use index::Index;
+pub use pending::Holder;
 use pending::Pending;
 use region::Budget;
 use sampling::{ONE, Rate, Rates, Rng};

@@ -6,13 +6,34 @@ const PLACES: usize = 256;
 /// A power of two; of so many chunks it is remembered where they were put.
 const RECENT: usize = 64;
 
+/// The context, by its id in the ledger, and the account of a chunk: one word, since it is copied for each.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+#[repr(transparent)]
+pub struct Holder(u64);
+
+impl Holder {
+    #[inline(always)]
+    pub const fn new(context: u32, site: u32) -> Self {
+        Holder((site as u64) << 32 | context as u64)
+    }
+
+    #[inline(always)]
+    pub fn context(self) -> u32 {
+        self.0 as u32
+    }
+
+    #[inline(always)]
+    pub fn site(self) -> u32 {
+        (self.0 >> 32) as u32
+    }
+}
+
 /// A chunk, but for its address.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 #[repr(C)]
 pub struct Chunk {
     pub size: u64,
-    pub context: u32,
-    pub site: u32,
+    pub holder: Holder,
     pub epoch: u32,
     pub cell: u16,
     /// Index of the sampling rate.
@@ -34,7 +55,7 @@ pub struct Pending {
 
 impl Pending {
     pub const fn new() -> Self {
-        const NONE: Chunk = Chunk { size: 0, context: 0, site: 0, epoch: 0, cell: 0, level: 0 };
+        const NONE: Chunk = Chunk { size: 0, holder: Holder(0), epoch: 0, cell: 0, level: 0 };
         Pending { addresses: [0; PLACES], chunks: [NONE; PLACES], put: 0, taken: 0, recent: [0; RECENT], looked: 0 }
     }
 

@@ -1,7 +1,7 @@
 //! Chunks that are pending: held apart until they are freed, which most are within their statement, or until it ends.
 
 use super::account::Stamp;
-use super::pending::Chunk;
+use super::pending::{Chunk, Holder};
 use super::sampling::ONE;
 use super::{Ledger, Precision, Sites};
 
@@ -35,14 +35,13 @@ impl Ledger {
         &mut self,
         address: u64,
         size: u64,
-        context: u32,
-        site: u32,
+        holder: Holder,
         cell: u16,
         level: u8,
         stamp: Stamp,
         sites: &impl Sites,
     ) {
-        let chunk = Chunk { size, site, context, epoch: stamp.epoch, cell, level: level as u16 };
+        let chunk = Chunk { size, holder, epoch: stamp.epoch, cell, level: level as u16 };
         self.expect(address);
         if let Some((displaced, chunk)) = self.pending.put(address, chunk) {
             self.displaced(displaced, chunk, address, stamp, sites);
@@ -51,8 +50,8 @@ impl Ledger {
 
     /// `hold` in the commonest case of exact mode; false, and nothing done, in any other.
     #[inline(always)]
-    pub fn hold_exactly(&mut self, address: u64, size: u64, context: u32, site: u32, epoch: u32) -> bool {
-        let held = self.pending.put_free(address, Chunk { size, site, context, epoch, cell: 0, level: 0 });
+    pub fn hold_exactly(&mut self, address: u64, size: u64, holder: Holder, epoch: u32) -> bool {
+        let held = self.pending.put_free(address, Chunk { size, holder, epoch, cell: 0, level: 0 });
         if held && FILTERED {
             self.filter.add(address);
         }
@@ -61,17 +60,9 @@ impl Ledger {
 
     /// `hold` in exact mode where `hold_exactly` would displace a chunk: that gets its record.
     #[inline]
-    pub fn hold_displacing(
-        &mut self,
-        address: u64,
-        size: u64,
-        context: u32,
-        site: u32,
-        stamp: Stamp,
-        sites: &impl Sites,
-    ) {
+    pub fn hold_displacing(&mut self, address: u64, size: u64, holder: Holder, stamp: Stamp, sites: &impl Sites) {
         self.expect(address);
-        let chunk = Chunk { size, site, context, epoch: stamp.epoch, cell: 0, level: 0 };
+        let chunk = Chunk { size, holder, epoch: stamp.epoch, cell: 0, level: 0 };
         match self.pending.put(address, chunk) {
             Some((displaced, chunk)) if displaced != address => self.settle(displaced, chunk, stamp, sites),
             Some((_, chunk)) => self.pair(address, &chunk, stamp, sites),
@@ -89,14 +80,15 @@ impl Ledger {
         }
     }
 
-    /// `free` in the commonest case of exact mode; false, and nothing done, in any other.
+    /// `free` in the commonest case of exact mode; false, and nothing done, in any other. `now` tells the time and the
+    /// query's id.
     #[inline(always)]
-    pub fn free_exactly(&mut self, address: u64, now: i64, query_id: impl FnOnce() -> i64, sites: &impl Sites) -> bool {
+    pub fn free_exactly(&mut self, address: u64, now: impl FnOnce() -> (i64, i64), sites: &impl Sites) -> bool {
         let Some(chunk) = self.pending.take(address) else { return false };
         if FILTERED {
             self.filter.remove(address);
         }
-        sites.site(chunk.site).pair(chunk.size, ONE, chunk.epoch, now, query_id);
+        sites.site(chunk.holder.site()).pair(chunk.size, ONE, chunk.epoch, now);
         true
     }
 
@@ -114,7 +106,7 @@ impl Ledger {
     /// What is pending gets its record.
     pub fn flush(&mut self, due: Due, stamp: Stamp, sites: &impl Sites) {
         if due == Due::Message {
-            let stays = |chunk: &Chunk| !sites.site(chunk.site).frees_all();
+            let stays = |chunk: &Chunk| !sites.site(chunk.holder.site()).frees_all();
             while let Some((address, chunk)) = self.pending.next_recent(stays) {
                 self.settle(address, chunk, stamp, sites);
             }
@@ -130,10 +122,10 @@ impl Ledger {
     }
 
     fn settle(&mut self, address: u64, chunk: Chunk, stamp: Stamp, sites: &impl Sites) {
-        let Chunk { size, context, site, level, epoch, .. } = chunk;
+        let Chunk { size, holder, level, epoch, .. } = chunk;
         self.settled += 1;
         self.unexpect(address);
-        self.record(address, size, context, site, level as u8, Stamp { epoch, ..stamp }, sites);
+        self.record(address, size, holder.context(), holder.site(), level as u8, Stamp { epoch, ..stamp }, sites);
     }
 
     /// The free of a pending chunk has to come through the filter.
@@ -158,6 +150,6 @@ impl Ledger {
         self.cells.paired(chunk.cell);
         let weight = self.rates.weight(chunk.size, chunk.level as u8);
         let alloc_weight = if self.precision == Precision::Exact { ONE } else { weight };
-        sites.site(chunk.site).pair(chunk.size, alloc_weight, chunk.epoch, stamp.now, || stamp.query_id);
+        sites.site(chunk.holder.site()).pair(chunk.size, alloc_weight, chunk.epoch, || (stamp.now, stamp.query_id));
     }
 }

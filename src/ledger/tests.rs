@@ -58,7 +58,7 @@ fn alloc(
             }
             let path = ledger.context_path(id);
             let site = open(ledger, sites, stack, path);
-            ledger.hold(address, size, id, site, cell, level, at(epoch), sites);
+            ledger.hold(address, size, Holder::new(id, site), cell, level, at(epoch), sites);
         }
     }
 }

@@ -1,10 +1,11 @@
 //! What the hooks report of chunks and contexts, into the ledger.
 
+use core::ffi::c_void;
 use pgrx::pg_sys;
 
 use super::{Full, Process, State, current, guarded, now};
 use crate::ledger::account::Stamp;
-use crate::ledger::{Decision, Ledger};
+use crate::ledger::{Decision, Holder, Ledger};
 use crate::pg_compat::{self, MemoryContext};
 use crate::settings;
 use crate::share::Share;
@@ -29,13 +30,11 @@ impl Process {
         if let Decision::Record(level) = decision
             && pending
             // SAFETY: the registers are those of the call that was hooked.
-            && let Some(known) = unsafe { self.stacks.recall(regs.sp) }
-            && known.home.context == context as u64
-            && known.home.changes == self.ledger.context_changes()
+            && let Some(home) = unsafe { self.stacks.recall(regs.sp) }.map(|known| known.home)
+            && self.is_home(home, context)
         {
-            let home = known.home;
             let stamp = Stamp { epoch: self.epoch, now: self.now, query_id: pg_compat::query_id() };
-            self.ledger.hold(chunk, size, home.context_id, home.site, cell, level, stamp, share);
+            self.ledger.hold(chunk, size, home.holder, cell, level, stamp, share);
             return;
         }
         self.follow_anew(context, chunk, size, regs, cell, decision, pending);
@@ -100,13 +99,14 @@ impl Process {
             return;
         };
         share.sites.rows[site as usize].begin(self.epoch, self.now);
+        let holder = Holder::new(id, site);
         if let Some(home) = home {
-            *home = Home { context: context as u64, changes: self.ledger.context_changes(), context_id: id, site };
+            *home = Home { context: context as u64, changes: self.ledger.context_changes(), holder };
         }
         let stamp = self.stamp();
         match decision {
             Decision::Record(level) if pending => {
-                return self.ledger.hold(chunk, size, id, site, cell, level, stamp, &share);
+                return self.ledger.hold(chunk, size, holder, cell, level, stamp, &share);
             }
             Decision::Record(level) => self.ledger.record(chunk, size, id, site, level, stamp, &share),
             Decision::Count => self.ledger.count(size, site, stamp, &share),
@@ -115,19 +115,10 @@ impl Process {
         self.at_once += 1;
     }
 
-    /// `allocated_again` where many chunks stay.
-    #[inline(never)]
-    fn hold_displacing(&mut self, chunk: u64, size: u64, context: u32, site: u32) {
-        let stamp = self.stamp();
-        let Some(share) = self.share else { return };
-        // A signal handler that comes in between must not meet the tables half-changed.
-        self.enter();
-        self.ledger.hold_displacing(chunk, size, context, site, stamp, &share);
-        self.looks = self.looks.wrapping_sub(1);
-        if self.looks == 0 || !self.ledger.is_exact() {
-            return self.pause();
-        }
-        self.leave(State::Ready);
+    /// Whether what was found out about a stack holds for an allocation in this context.
+    #[inline(always)]
+    fn is_home(&self, home: Home, context: MemoryContext) -> bool {
+        home.context == context as u64 && home.changes == self.ledger.context_changes()
     }
 
     /// Time for a look at the clock in the middle of the short way.
@@ -184,7 +175,7 @@ impl Process {
 ///
 /// # Safety
 /// `regs` are those of the call that was hooked.
-pub unsafe fn cell(regs: Regs) -> u16 {
+unsafe fn cell(regs: Regs) -> u16 {
     // SAFETY: the caller's promise.
     unsafe { current().stacks.callers.key(regs.sp) as u16 % crate::ledger::cells::CELLS as u16 }
 }
@@ -241,29 +232,103 @@ fn otherwise(context: MemoryContext, chunk: u64, size: u64, regs: Regs, cell: u1
     }
 }
 
-/// A chunk has been allocated in a watched context, and all of them are recorded. False when this takes more than
-/// the commonest case does: then nothing has been done.
+/// A chunk has been allocated in a watched context, and all of them are recorded. Returns the chunk, as do the functions
+/// that this ends in: with the ABI of the hook they are jumped to.
 ///
 /// # Safety
-/// `sp` is that of the call that was hooked. With `GATHER` the processor gathers.
+/// `regs` are those of the call that was hooked. With `GATHER` the processor gathers.
 #[inline(always)]
-pub unsafe fn allocated_again<const GATHER: bool>(context: MemoryContext, chunk: u64, size: u64, sp: u64) -> bool {
-    // SAFETY: as for `guarded`: what follows does not call anything that could palloc.
-    let process = unsafe { current() };
-    // SAFETY: the caller's promise.
-    if process.quick
-        && !process.must_forget()
-        && let Some(known) = unsafe { process.stacks.recall_first::<GATHER>(sp) }
-        && known.home.context == context as u64
-        && known.home.changes == process.ledger.context_changes()
-    {
-        let (context, site) = (known.home.context_id, known.home.site);
-        if !process.ledger.hold_exactly(chunk, size, context, site, process.epoch) {
-            process.hold_displacing(chunk, size, context, site);
+pub unsafe fn allocated_again<const GATHER: bool>(
+    context: MemoryContext,
+    chunk: *mut c_void,
+    size: u64,
+    regs: Regs,
+) -> *mut c_void {
+    // SAFETY: as for `guarded`: what follows does not call anything that could palloc. Who is quick has a slot.
+    unsafe {
+        let process = current();
+        if !process.quick || process.own_slot.unwrap_unchecked().reset_pending() {
+            return allocated_otherwise(context, chunk, size, regs.sp, regs.bp);
         }
-        return true;
+        match process.stacks.recall_next::<GATHER>(regs.sp).map(|known| known.home) {
+            Some(home) if process.is_home(home, context) => hold_at(home, chunk, size),
+            Some(_) => allocated_otherwise(context, chunk, size, regs.sp, regs.bp),
+            None => allocated_elsewhere::<GATHER>(context, chunk, size, regs.sp, regs.bp),
+        }
     }
-    false
+}
+
+/// The same for a stack that does not follow the last one as it did before.
+#[inline(never)]
+unsafe extern "C-unwind" fn allocated_elsewhere<const GATHER: bool>(
+    context: MemoryContext,
+    chunk: *mut c_void,
+    size: u64,
+    sp: u64,
+    bp: u64,
+) -> *mut c_void {
+    // SAFETY: the caller's promise.
+    unsafe {
+        let process = current();
+        match process.stacks.recall_first::<GATHER>(sp).map(|known| known.home) {
+            Some(home) if process.is_home(home, context) => hold_at(home, chunk, size),
+            _ => allocated_otherwise(context, chunk, size, sp, bp),
+        }
+    }
+}
+
+#[inline(always)]
+unsafe fn hold_at(home: Home, chunk: *mut c_void, size: u64) -> *mut c_void {
+    // SAFETY: as for `guarded`.
+    let process = unsafe { current() };
+    if process.ledger.hold_exactly(chunk as u64, size, home.holder, process.epoch) {
+        return chunk;
+    }
+    hold_displacing(chunk, size, home.holder)
+}
+
+/// The same where many chunks stay.
+#[inline(never)]
+extern "C-unwind" fn hold_displacing(chunk: *mut c_void, size: u64, holder: Holder) -> *mut c_void {
+    // SAFETY: as for `guarded`.
+    let process = unsafe { current() };
+    let stamp = process.stamp();
+    if let Some(share) = process.share {
+        // A signal handler that comes in between must not meet the tables half-changed.
+        process.enter();
+        process.ledger.hold_displacing(chunk as u64, size, holder, stamp, &share);
+        process.looks = process.looks.wrapping_sub(1);
+        if process.looks == 0 || !process.ledger.is_exact() {
+            process.pause();
+        } else {
+            process.leave(State::Ready);
+        }
+    }
+    returned(chunk)
+}
+
+/// The same by the way that all allocations take where not all are recorded.
+#[cold]
+#[inline(never)]
+unsafe extern "C-unwind" fn allocated_otherwise(
+    context: MemoryContext,
+    chunk: *mut c_void,
+    size: u64,
+    sp: u64,
+    bp: u64,
+) -> *mut c_void {
+    // SAFETY: the caller's promise.
+    unsafe {
+        let regs = Regs { sp, bp };
+        allocated(context, chunk as u64, size, regs, cell(regs));
+    }
+    returned(chunk)
+}
+
+/// A compiler that knew what these functions return would call them and keep it at hand, for which it would save a
+/// register of each caller.
+fn returned(chunk: *mut c_void) -> *mut c_void {
+    std::hint::black_box(chunk)
 }
 
 /// A chunk that was allocated a moment ago, with all of them recorded, is about to be freed. False as above.
@@ -274,7 +339,7 @@ pub fn freed_at_once(chunk: u64) -> bool {
     // SAFETY: who is quick has attached, for which there must be a mapping; the query's id is this process's own.
     process.quick && {
         let share = unsafe { process.share.as_ref().unwrap_unchecked() };
-        process.ledger.free_exactly(chunk, process.now, || unsafe { *process.query_id }, share)
+        process.ledger.free_exactly(chunk, || (process.now, unsafe { *process.query_id }), share)
     }
 }
 

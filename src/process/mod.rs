@@ -108,8 +108,6 @@ pub struct Process {
     pub passed: u64,
     /// Allocations that were recorded, or counted, without being pending first.
     at_once: u64,
-    /// The frame pointer at the entry of the exact mode's `alloc`, for the few allocations that need it.
-    pub bp: u64,
     /// Allocations that no table had room for.
     unseen: u64,
     /// What was full, which the log may still have to hear.
@@ -154,7 +152,6 @@ pub static PROCESS: Global = Global(UnsafeCell::new(Process {
     held: 0,
     passed: 0,
     at_once: 0,
-    bp: 0,
     unseen: 0,
     full: None,
     has_answered: false,

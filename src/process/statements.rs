@@ -6,6 +6,7 @@ use pgrx::pg_sys;
 
 use super::{Process, State, current, guarded, life, now};
 use crate::ledger::Due;
+use crate::pg_compat::Transaction;
 use crate::share::slot::{POSTMASTER, Slot};
 use crate::stack::Regs;
 use crate::{hook, pg_compat, settings};
@@ -72,10 +73,9 @@ impl Process {
 
     /// A client's message has been dealt with.
     #[inline]
-    fn statement_done(&mut self, slot: &'static Slot, regs: Regs) {
+    fn statement_done(&mut self, slot: &'static Slot, regs: Regs, in_block: bool) {
         // When the statement began is near enough, and known already.
         self.now = pg_compat::statement_start();
-        let in_block = pg_compat::in_transaction_block();
         self.flush(if in_block { Due::Message } else { Due::Statement });
         // Who watches the process does not change its work.
         if !self.has_answered {
@@ -147,11 +147,17 @@ pub fn look_at_all() {
     });
 }
 
+/// Whether `rheap_track` wishes for another mode than the one that is followed.
+#[inline(always)]
+pub fn has_wish() -> bool {
+    // SAFETY: as for `guarded`: this only reads.
+    let process = unsafe { current() };
+    process.slot().is_some_and(|slot| process.must_follow_wish(slot))
+}
+
 /// A statement has been parsed and is about to run.
 pub fn follow_wish() {
-    // SAFETY: as for `guarded`; most statements find nothing to do.
-    let process = unsafe { current() };
-    if process.slot().is_some_and(|slot| process.must_follow_wish(slot)) {
+    if has_wish() {
         guarded(Process::follow_settings);
     }
 }
@@ -202,7 +208,8 @@ pub fn first_message() {
 pub unsafe fn message_done(regs: Regs) {
     // SAFETY: as for `guarded`.
     let process = unsafe { current() };
-    if process.state == State::Busy || process.has_served && pg_compat::in_implicit_transaction() {
+    let transaction = pg_compat::transaction();
+    if process.state == State::Busy || process.has_served && transaction == Transaction::Implicit {
         return;
     }
     process.enter();
@@ -210,7 +217,7 @@ pub unsafe fn message_done(regs: Regs) {
     if process.own_slot.is_some() || process.attach() {
         state = State::Ready;
         if let Some(slot) = process.slot() {
-            process.statement_done(slot, regs);
+            process.statement_done(slot, regs, transaction == Transaction::Block);
         }
     }
     process.leave(state);

@@ -7,6 +7,7 @@
 use std::mem::offset_of;
 
 use super::unwind::Trace;
+use crate::ledger::Holder;
 
 /// Longer stacks are walked each time.
 const LONGEST: usize = 48;
@@ -25,8 +26,7 @@ pub struct Home {
     pub context: u64,
     /// Of the ledger, when it was found out.
     pub changes: u32,
-    pub context_id: u32,
-    pub site: u32,
+    pub holder: Holder,
 }
 
 #[repr(C, align(64))]
@@ -36,6 +36,8 @@ pub struct Remembered {
     places: u64,
     pub stack: u32,
     pub home: Home,
+    /// The stack that was met after this one lately: where it lies among the entries, in bytes.
+    next: usize,
     /// From the stack pointer; the first is that of the innermost address.
     offsets: [i32; PLACES],
     expected: [u64; PLACES],
@@ -46,6 +48,8 @@ pub struct Memory {
     entries: [Remembered; ENTRIES],
     /// Tells which of four is given away next, and when one moves up.
     turn: usize,
+    /// The stack that was met last by the two ways that exact recording takes: where it lies among the entries, in bytes.
+    last: usize,
     /// Return addresses at and above this place stay what they are for as long as the process lives.
     anchor: u64,
 }
@@ -54,14 +58,15 @@ const NOTHING: Remembered = Remembered {
     sp: 0,
     places: 0,
     stack: 0,
-    home: Home { context: 0, changes: 0, context_id: 0, site: 0 },
+    home: Home { context: 0, changes: 0, holder: Holder::new(0, 0) },
+    next: 0,
     offsets: [0; PLACES],
     expected: [0; PLACES],
 };
 
 impl Memory {
     pub const fn new() -> Self {
-        Memory { entries: [NOTHING; ENTRIES], turn: 0, anchor: u64::MAX }
+        Memory { entries: [NOTHING; ENTRIES], turn: 0, last: 0, anchor: u64::MAX }
     }
 
     /// The first of the places of a stack; the others are its neighbours.
@@ -70,17 +75,45 @@ impl Memory {
         ((key ^ sp).wrapping_mul(0x9E37_79B9_7F4A_7C15) >> 55) as usize % ENTRIES
     }
 
-    /// The stack from this stack pointer on, if it is in the first of its places.
+    /// The stack from this stack pointer on, if it is the one that followed the last one before, as
+    /// it does where one statement is like another.
     ///
     /// # Safety
     /// `sp` is that of a call in progress on this process's stack. With `GATHER` the processor gathers.
     #[inline(always)]
-    pub unsafe fn recall_first<const GATHER: bool>(&mut self, sp: u64, key: u64) -> Option<&mut Remembered> {
-        // SAFETY: `place` is below the number of entries. The places were inside this process's stack when it was
+    pub unsafe fn recall_next<const GATHER: bool>(&mut self, sp: u64) -> Option<&Remembered> {
+        // SAFETY: `last` and every `next` are those of entries. The places were inside this process's stack when it was
         // walked from the same stack pointer, and what is above a stack pointer stays mapped.
         unsafe {
-            let entry = self.entries.get_unchecked_mut(Self::place(sp, key));
-            (entry.sp == sp && entry.still_there::<GATHER>(sp)).then_some(entry)
+            let entries = self.entries.as_mut_ptr();
+            let next = (*entries.byte_add(self.last)).next;
+            let entry = &*entries.byte_add(next);
+            if entry.sp != sp || !entry.still_there::<GATHER>(sp) {
+                return None;
+            }
+            self.last = next;
+            Some(entry)
+        }
+    }
+
+    /// The same if it is in the first of its places. From now on it is what follows the last one.
+    ///
+    /// # Safety
+    /// As for `recall_next`.
+    #[inline(always)]
+    pub unsafe fn recall_first<const GATHER: bool>(&mut self, sp: u64, key: u64) -> Option<&Remembered> {
+        let place = Self::place(sp, key);
+        // SAFETY: as in `recall_next`; `place` is below the number of entries.
+        unsafe {
+            let entries = self.entries.as_mut_ptr();
+            let entry = &*entries.add(place);
+            if entry.sp != sp || !entry.still_there::<GATHER>(sp) {
+                return None;
+            }
+            let there = place * size_of::<Remembered>();
+            (*entries.byte_add(self.last)).next = there;
+            self.last = there;
+            Some(&*entries.add(place))
         }
     }
 
@@ -173,26 +206,42 @@ impl Remembered {
     /// As for `still_there`, on a processor with AVX2.
     #[inline(always)]
     unsafe fn gather(&self, sp: u64) -> bool {
+        // In what half a group of places differs.
+        macro_rules! half {
+            ($into:literal, $index4:literal, $index8:literal, $at:literal) => {
+                concat!(
+                    concat!("vmovdqu xmm1, [{entry} + ", $index4, "{offsets} + 4 * ", $at, "]\n"),
+                    "vpcmpeqd ymm2, ymm2, ymm2\n",
+                    "vpgatherdq ymm3, [{sp} + xmm1], ymm2\n",
+                    concat!("vpxor ", $into, ", ymm3, [{entry} + ", $index8, "{expected} + 8 * ", $at, "]\n"),
+                )
+            };
+        }
         let different: u8;
         // SAFETY: reads the places and the two arrays, a group at a time and at least one group; writes registers.
         unsafe {
             std::arch::asm!(
-                "xor {i:e}, {i:e}",
-                "vpxor xmm0, xmm0, xmm0",
-                "2:",
-                "vmovdqu xmm1, [{entry} + {i} * 4 + {offsets}]",
-                "vpcmpeqd ymm2, ymm2, ymm2",
-                "vpgatherdq ymm3, [{sp} + xmm1], ymm2",
-                "vpxor ymm3, ymm3, [{entry} + {i} * 8 + {expected}]",
+                half!("ymm0", "", "", "0"),
+                half!("ymm3", "", "", "4"),
                 "vpor ymm0, ymm0, ymm3",
-                "vmovdqu xmm1, [{entry} + {i} * 4 + {offsets} + 16]",
-                "vpcmpeqd ymm2, ymm2, ymm2",
-                "vpgatherdq ymm3, [{sp} + xmm1], ymm2",
-                "vpxor ymm3, ymm3, [{entry} + {i} * 8 + {expected} + 32]",
+                "cmp qword ptr [{entry} + {places}], 8",
+                "jbe 3f",
+                half!("ymm3", "", "", "8"),
+                "vpor ymm0, ymm0, ymm3",
+                half!("ymm3", "", "", "12"),
+                "vpor ymm0, ymm0, ymm3",
+                "mov {i:e}, 16",
+                "cmp [{entry} + {places}], {i}",
+                "jbe 3f",
+                "2:",
+                half!("ymm3", "{i} * 4 + ", "{i} * 8 + ", "0"),
+                "vpor ymm0, ymm0, ymm3",
+                half!("ymm3", "{i} * 4 + ", "{i} * 8 + ", "4"),
                 "vpor ymm0, ymm0, ymm3",
                 "add {i}, 8",
                 "cmp {i}, [{entry} + {places}]",
                 "jb 2b",
+                "3:",
                 "vptest ymm0, ymm0",
                 "setnz {different}",
                 "vzeroupper",

@@ -72,22 +72,32 @@ impl Stacks {
         self.memory.recall(sp, key)
     }
 
-    /// Whether this processor gathers, as `recall_first` may be told. Allocates.
-    pub fn gathers() -> bool {
-        memory::gathers()
-    }
-
-    /// The same where it is most likely found.
+    /// The same where it is most likely found: after the last one.
     ///
     /// # Safety
     /// As for `recall`. With `GATHER` the processor gathers.
     #[inline(always)]
-    pub unsafe fn recall_first<const GATHER: bool>(&mut self, sp: u64) -> Option<&mut Remembered> {
+    pub unsafe fn recall_next<const GATHER: bool>(&mut self, sp: u64) -> Option<&Remembered> {
+        // SAFETY: the caller's promise.
+        unsafe { self.memory.recall_next::<GATHER>(sp) }
+    }
+
+    /// The same where it is found otherwise, as a rule.
+    ///
+    /// # Safety
+    /// As for `recall_next`.
+    #[inline(always)]
+    pub unsafe fn recall_first<const GATHER: bool>(&mut self, sp: u64) -> Option<&Remembered> {
         // SAFETY: the caller's promise.
         unsafe {
             let key = self.callers.key(sp);
             self.memory.recall_first::<GATHER>(sp, key)
         }
+    }
+
+    /// Whether this processor gathers, as `recall_next` may be told. Allocates.
+    pub fn gathers() -> bool {
+        memory::gathers()
     }
 
     /// Walks the stack at these registers, and remembers it if that is wanted. Its id, or 0 when the dictionary is full; and the place

@@ -149,12 +149,12 @@ fn on_way(way: usize, f: &mut dyn FnMut()) {
 fn a_remembered_stack_is_recalled_and_no_other() {
     let _alone = LOADS.lock().unwrap_or_else(|e| e.into_inner());
     use crate::ledger::region::Budget;
-    use crate::stack::{Stacks, memory};
+    use crate::stack::Stacks;
     let share = Share::map(1, 1024, false).unwrap();
     let mut unwinder = unwinder(&share);
     let (mut walking, mut remembering) = (Box::new(Stacks::new()), Box::new(Stacks::new()));
     let mut budget = Budget::new(1 << 20);
-    let (mut ids, mut recalled) = (std::collections::HashSet::new(), 0);
+    let (mut ids, mut recalled, mut foreseen) = (std::collections::HashSet::new(), 0, 0);
     for (depth, way) in (0..3).flat_map(|_| (0..20).flat_map(|depth| [(depth, 0), (depth, 1)])) {
         deep(depth, &mut || {
             on_way(way, &mut || {
@@ -163,11 +163,13 @@ fn a_remembered_stack_is_recalled_and_no_other() {
                     unsafe {
                         let walked = walking.capture(&mut unwinder, regs, MAX_FRAMES, true, &share, &mut budget).0;
                         ids.insert(walked);
-                        if memory::gathers()
-                            && let Some(known) = remembering.recall_first::<true>(regs.sp)
-                        {
-                            assert_eq!(known.stack, walked);
-                        }
+                        let next = match Stacks::gathers() {
+                            true => remembering.recall_next::<true>(regs.sp).map(|known| known.stack),
+                            false => remembering.recall_next::<false>(regs.sp).map(|known| known.stack),
+                        };
+                        foreseen += next.is_some() as usize;
+                        let met = next.or_else(|| remembering.recall_first::<false>(regs.sp).map(|known| known.stack));
+                        assert!(met.is_none_or(|stack| stack == walked));
                         match remembering.recall(regs.sp) {
                             Some(known) => {
                                 assert_eq!(known.stack, walked);
@@ -189,6 +191,7 @@ fn a_remembered_stack_is_recalled_and_no_other() {
     );
     // Of 120 visits the first to each stack cannot be recalled, and some are too long.
     assert!((40..=80).contains(&recalled), "{recalled}");
+    assert!(foreseen > 0, "none was known as the one after the last");
 }
 
 /// A library whose `call` calls what it is given, with so many bytes of its own on the stack.
