@@ -209,7 +209,7 @@ def corpus(pg_config, mode="sampled", seconds=10, interval="1s", only=None, rows
     scenarios = [s for s in leaks() + benign() if s.least <= major and (not only or s.name in only)]
     settings = dict(rheap__mode=mode, rheap__walk_interval=interval, wal_level="logical", log_checkpoints="on",
                     max_worker_processes=20, max_parallel_workers=16, shared_buffers="256MB")
-    with Cluster(pg_config, preload="rheap, corpus", **settings) as cluster:
+    with Cluster(pg_config, preload="rheap, corpus, corpus_processes, corpus_benign", **settings) as cluster:
         cluster.run_file(HERE / "modules/corpus.sql")
         cluster.sql(PREPARATION.format(rows=rows))
         wanted = {s.name: s for s in scenarios}
@@ -218,8 +218,8 @@ def corpus(pg_config, mode="sampled", seconds=10, interval="1s", only=None, rows
         if "logical decoding" in wanted:
             # Minor releases of 2026 ask for it.
             if cluster.sql("SELECT count(*) FROM pg_settings WHERE name = 'output_plugin_libraries'") == "1":
-                cluster.reload(output_plugin_libraries="corpus")
-            cluster.sql("SELECT pg_create_logical_replication_slot('corpus', 'corpus')")
+                cluster.reload(output_plugin_libraries="corpus_processes")
+            cluster.sql("SELECT pg_create_logical_replication_slot('corpus', 'corpus_processes')")
             others.append(subprocess.Popen(
                 [cluster.bin / "pg_recvlogical", *cluster.target(), "--slot=corpus", "--start", "-f", "/dev/null"],
                 **demote(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd="/"))

@@ -52,7 +52,7 @@ impl Metric {
         }
     }
 
-    /// Of a call site. What shrinks has no growth.
+    /// Of a call site. What shrinks has no growth. Rates are rounded as SQL's `round` does, so that sums are the views'.
     pub fn of(self, site: &Site) -> u64 {
         match self {
             Metric::Live => site.live_bytes,
@@ -60,7 +60,22 @@ impl Metric {
             Metric::Allocated => site.alloc_bytes,
             Metric::Allocations => site.alloc_count,
             Metric::Temporary => site.free_count(),
-            Metric::Growth => site.growth_bytes_per_s.max(0.0).round() as u64,
+            Metric::Growth => site.growth_bytes_per_s.max(0.0).round_ties_even() as u64,
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn rates_are_rounded_as_sql_does() {
+        let mut site = crate::exports::samples::small().sites.swap_remove(0);
+        let mut rounded = |rate| {
+            site.growth_bytes_per_s = rate;
+            Metric::Growth.of(&site)
+        };
+        assert_eq!([-3.7, 0.49, 2.5, 3.5].map(&mut rounded), [0, 0, 2, 4]);
     }
 }

@@ -216,8 +216,7 @@ unsafe extern "C-unwind" fn first_touch_from(
     context: MemoryContext,
     size: usize,
     flags: c_int,
-    sp: u64,
-    bp: u64,
+    regs: Regs,
 ) -> *mut c_void {
     // SAFETY: the server calls with a live context whose table is a base table; `decide` changes that.
     unsafe {
@@ -227,7 +226,7 @@ unsafe extern "C-unwind" fn first_touch_from(
             tables::Table::Watch => {
                 let chunk = original_alloc(context, size, flags);
                 if !chunk.is_null() {
-                    process::allocated_unspent(context, chunk as u64, size as u64, Regs { sp, bp });
+                    process::allocated_unspent(context, chunk as u64, size as u64, regs);
                 }
                 chunk
             }
@@ -246,15 +245,14 @@ unsafe extern "C-unwind" fn alloc_from(
     context: MemoryContext,
     size: usize,
     flags: c_int,
-    sp: u64,
-    bp: u64,
+    regs: Regs,
     cell: u32,
 ) -> *mut c_void {
     // SAFETY: the server calls with a live context on a watch table. Up to 16 NULL means out of memory.
     unsafe {
         let chunk = original_alloc(context, size, flags);
         if !chunk.is_null() {
-            process::allocated(context, chunk as u64, size as u64, Regs { sp, bp }, cell as u16);
+            process::allocated(context, chunk as u64, size as u64, regs, cell as u16);
         }
         chunk
     }
@@ -266,14 +264,13 @@ unsafe extern "C-unwind" fn allocated_exact<const GATHER: bool>(
     context: MemoryContext,
     size: usize,
     chunk: *mut c_void,
-    sp: u64,
-    bp: u64,
+    regs: Regs,
 ) -> *mut c_void {
     if chunk.is_null() {
         return chunk;
     }
     // SAFETY: as for `alloc_from`. The frame pointer is the caller's.
-    unsafe { process::allocated_again::<GATHER>(context, chunk, size as u64, Regs { sp, bp }) }
+    unsafe { process::allocated_again::<GATHER>(context, chunk, size as u64, regs) }
 }
 
 /// A palloc in a context that passes, after the timer has armed the pass tables.
@@ -287,16 +284,16 @@ unsafe extern "C-unwind" fn tick(context: MemoryContext, size: usize, flags: c_i
     }
 }
 
-unsafe extern "C-unwind" fn boundary_from(context: MemoryContext, sp: u64, bp: u64) {
+unsafe extern "C-unwind" fn boundary_from(context: MemoryContext, regs: Regs) {
     // SAFETY: the server calls with MessageContext, on its boundary table.
     unsafe {
         let original = tables::original_of(context).reset.unwrap_unchecked();
         original(context);
-        process::message_done(Regs { sp, bp });
+        process::message_done(regs);
     }
 }
 
-unsafe extern "C-unwind" fn reset_from(context: MemoryContext, sp: u64, bp: u64) {
+unsafe extern "C-unwind" fn reset_from(context: MemoryContext, regs: Regs) {
     // SAFETY: the server calls with a live context on a watch table.
     unsafe {
         let original = tables::original_of(context).reset.unwrap_unchecked();
@@ -304,7 +301,7 @@ unsafe extern "C-unwind" fn reset_from(context: MemoryContext, sp: u64, bp: u64)
         original(context);
         // With scope `all` it is watched like any other.
         if context == pg_sys::MessageContext {
-            process::message_done(Regs { sp, bp });
+            process::message_done(regs);
         }
     }
 }
@@ -375,15 +372,14 @@ mod dispatch {
         context: MemoryContext,
         chunk: *mut c_void,
         size: usize,
-        sp: u64,
-        bp: u64,
+        regs: Regs,
     ) -> *mut c_void {
         // SAFETY: as for free. On NULL the old chunk is still there.
         unsafe {
             let original: Realloc = tables::original_of(context).realloc.unwrap_unchecked();
             let new = original(context, chunk, size);
             if !new.is_null() {
-                process::reallocated(context, chunk as u64, new as u64, size as u64, Regs { sp, bp });
+                process::reallocated(context, chunk as u64, new as u64, size as u64, regs);
             }
             new
         }
@@ -432,7 +428,7 @@ mod dispatch {
                     }
                 }
                 with_registers!($realloc => $realloc_from);
-                unsafe extern "C-unwind" fn $realloc_from(chunk: *mut c_void, size: usize, flags: c_int, sp: u64, bp: u64) -> *mut c_void {
+                unsafe extern "C-unwind" fn $realloc_from(chunk: *mut c_void, size: usize, flags: c_int, regs: Regs) -> *mut c_void {
                     // SAFETY: as for free; the context is asked for before the chunk may be gone.
                     unsafe {
                         let methods = tables::original($kind);
@@ -440,7 +436,7 @@ mod dispatch {
                         let original: Realloc = std::mem::transmute(methods.realloc);
                         let new = original(chunk, size, flags);
                         if !new.is_null() && tables::table_of(context) == tables::Table::Watch {
-                            process::reallocated(context, chunk as u64, new as u64, size as u64, Regs { sp, bp });
+                            process::reallocated(context, chunk as u64, new as u64, size as u64, regs);
                         }
                         new
                     }

@@ -248,12 +248,12 @@ pub unsafe fn allocated_again<const GATHER: bool>(
     unsafe {
         let process = current();
         if !process.quick || process.own_slot.unwrap_unchecked().reset_pending() {
-            return allocated_otherwise(context, chunk, size, regs.sp, regs.bp);
+            return allocated_otherwise(context, chunk, size, regs);
         }
         match process.stacks.recall_next::<GATHER>(regs.sp).map(|known| known.home) {
             Some(home) if process.is_home(home, context) => hold_at(home, chunk, size),
-            Some(_) => allocated_otherwise(context, chunk, size, regs.sp, regs.bp),
-            None => allocated_elsewhere::<GATHER>(context, chunk, size, regs.sp, regs.bp),
+            Some(_) => allocated_otherwise(context, chunk, size, regs),
+            None => allocated_elsewhere::<GATHER>(context, chunk, size, regs),
         }
     }
 }
@@ -264,21 +264,20 @@ unsafe extern "C-unwind" fn allocated_elsewhere<const GATHER: bool>(
     context: MemoryContext,
     chunk: *mut c_void,
     size: u64,
-    sp: u64,
-    bp: u64,
+    regs: Regs,
 ) -> *mut c_void {
     // SAFETY: the caller's promise.
     unsafe {
         let process = current();
-        match process.stacks.recall_first::<GATHER>(sp).map(|known| known.home) {
+        match process.stacks.recall_first::<GATHER>(regs.sp).map(|known| known.home) {
             Some(home) if process.is_home(home, context) => hold_at(home, chunk, size),
-            _ => allocated_otherwise(context, chunk, size, sp, bp),
+            _ => allocated_otherwise(context, chunk, size, regs),
         }
     }
 }
 
 #[inline(always)]
-unsafe fn hold_at(home: Home, chunk: *mut c_void, size: u64) -> *mut c_void {
+fn hold_at(home: Home, chunk: *mut c_void, size: u64) -> *mut c_void {
     // SAFETY: as for `guarded`.
     let process = unsafe { current() };
     if process.ledger.hold_exactly(chunk as u64, size, home.holder, process.epoch) {
@@ -314,14 +313,10 @@ unsafe extern "C-unwind" fn allocated_otherwise(
     context: MemoryContext,
     chunk: *mut c_void,
     size: u64,
-    sp: u64,
-    bp: u64,
+    regs: Regs,
 ) -> *mut c_void {
     // SAFETY: the caller's promise.
-    unsafe {
-        let regs = Regs { sp, bp };
-        allocated(context, chunk as u64, size, regs, cell(regs));
-    }
+    unsafe { allocated(context, chunk as u64, size, regs, cell(regs)) };
     returned(chunk)
 }
 

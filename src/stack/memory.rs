@@ -206,7 +206,7 @@ impl Remembered {
     /// As for `still_there`, on a processor with AVX2.
     #[inline(always)]
     unsafe fn gather(&self, sp: u64) -> bool {
-        // In what half a group of places differs.
+        // In what half a group of places differs, from place `i` on, or from the first on.
         macro_rules! half {
             ($into:literal, $index4:literal, $index8:literal, $at:literal) => {
                 concat!(
@@ -217,6 +217,12 @@ impl Remembered {
                 )
             };
         }
+        // The same of the next half, together with what differs so far.
+        macro_rules! another_half {
+            ($at:literal) => {
+                concat!(half!("ymm3", "{i} * 4 + ", "{i} * 8 + ", $at), "vpor ymm0, ymm0, ymm3")
+            };
+        }
         let different: u8;
         // SAFETY: reads the places and the two arrays, a group at a time and at least one group; writes registers.
         unsafe {
@@ -224,20 +230,12 @@ impl Remembered {
                 half!("ymm0", "", "", "0"),
                 half!("ymm3", "", "", "4"),
                 "vpor ymm0, ymm0, ymm3",
-                "cmp qword ptr [{entry} + {places}], 8",
-                "jbe 3f",
-                half!("ymm3", "", "", "8"),
-                "vpor ymm0, ymm0, ymm3",
-                half!("ymm3", "", "", "12"),
-                "vpor ymm0, ymm0, ymm3",
-                "mov {i:e}, 16",
+                "mov {i:e}, 8",
                 "cmp [{entry} + {places}], {i}",
                 "jbe 3f",
                 "2:",
-                half!("ymm3", "{i} * 4 + ", "{i} * 8 + ", "0"),
-                "vpor ymm0, ymm0, ymm3",
-                half!("ymm3", "{i} * 4 + ", "{i} * 8 + ", "4"),
-                "vpor ymm0, ymm0, ymm3",
+                another_half!("0"),
+                another_half!("4"),
                 "add {i}, 8",
                 "cmp {i}, [{entry} + {places}]",
                 "jb 2b",

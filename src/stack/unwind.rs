@@ -9,8 +9,9 @@ compile_error!("rheap walks stacks on Linux x86_64 only");
 
 pub const MAX_FRAMES: usize = 64;
 
-/// The registers at the entry of the hook, before it has a frame of its own.
+/// The registers at the entry of the hook, before it has a frame of its own; passed as two arguments.
 #[derive(Clone, Copy, Debug)]
+#[repr(C)]
 pub struct Regs {
     /// Points to the return address of the call that was hooked.
     pub sp: u64,

@@ -1,11 +1,13 @@
 // The flame graph: root at the top, drawn for the frame that is zoomed to.
+// As SQL's round does, and the other exports.
+const rounded = number => number % 2 === 0.5 ? Math.floor(number) : Math.round(number);
 const metrics = {
   "live bytes": s => s.live_bytes,
   "live allocations": s => s.live_count,
   "bytes allocated": s => s.alloc_bytes,
   "allocations": s => s.alloc_count,
   "allocations freed again": s => s.free_count,
-  "growth in bytes per second": s => Math.max(0, Math.round(s.growth_bytes_per_s)),
+  "growth in bytes per second": s => rounded(Math.max(0, s.growth_bytes_per_s)),
 };
 const ROW = 20;
 const graph = byId("graph");
