@@ -59,7 +59,9 @@ macro_rules! first_touch {
                 "and eax, {learned_mask}",
                 "cmp [r9 + rax * 8 + {learned}], r10",
                 "je 3f",
+                ".if {pair}",
                 "add r9, {pair}",
+                ".endif",
                 "mov [rdi + {methods}], r9",
                 "jmp [r9 + {original_alloc}]",
                 // The one context of each statement whose parent does not tell.

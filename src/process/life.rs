@@ -240,7 +240,7 @@ impl Process {
     #[cold]
     pub fn forget(&mut self) {
         let (Some(share), Some(slot)) = (self.share, self.slot()) else { return };
-        let wanted = slot.resets_wanted.load(Acquire);
+        let wanted = slot.resets.load(Acquire);
         self.ledger.clear();
         self.walk.forget(self.now, &mut self.aside);
         share.sites.release(self.slot, self.sites.chunks, Site::close);
@@ -250,7 +250,7 @@ impl Process {
         slot.open(slot.backend_type.load(Relaxed));
         (self.passed, self.at_once) = (0, 0);
         (self.epoch, self.ledger.epoch) = (1, 1);
-        slot.resets_done.store(wanted, Release);
+        slot.resets.fetch_sub(wanted, AcqRel);
         self.follow_settings();
         if self.has_messages {
             // The baseline is what is there when the statement at hand is done.

@@ -222,8 +222,9 @@ impl Share {
                 }
                 slot.open(backend_type);
                 slot.begin(crate::process::precisely_now());
-                // A wish was for the process that was here before.
+                // Wishes were for the process that was here before.
                 slot.track.store(0, Relaxed);
+                slot.resets.store(0, Relaxed);
                 index as u32
             })
         };

@@ -31,9 +31,8 @@ pub struct Slot {
     pub own_bytes: AtomicU64,
     pub context_bytes: AtomicU64,
     pub walk_times: [AtomicI64; HISTORY],
-    /// Raised by whoever wants the history forgotten; the owner follows with `resets_done`.
-    pub resets_wanted: AtomicU32,
-    pub resets_done: AtomicU32,
+    /// How often somebody has wished, since the owner last did so, that it forgets its history.
+    pub resets: AtomicU32,
     /// When the owner took it; microseconds since 2000-01-01.
     pub opened: AtomicI64,
     /// The dead owner whose holdings have been put down.
@@ -49,7 +48,7 @@ impl Slot {
     /// Whether the owner still has to follow a wish to forget; its accounts count as empty until then.
     #[inline(always)]
     pub fn reset_pending(&self) -> bool {
-        self.resets_wanted.load(Acquire) != self.resets_done.load(Acquire)
+        self.resets.load(Acquire) != 0
     }
 
     #[inline]
@@ -83,7 +82,7 @@ impl Slot {
         self.buried.store(0, Release);
     }
 
-    /// Empties everything but the owner.
+    /// Empties everything but the owner and what is wished of it.
     pub fn open(&self, backend_type: i32) {
         self.backend_type.store(backend_type, Relaxed);
         for cell in [&self.mode, &self.transaction, &self.has_messages, &self.watched_contexts, &self.walks] {
@@ -98,7 +97,6 @@ impl Slot {
             cell.store(0, Relaxed);
         }
         self.epoch.store(1, Relaxed);
-        self.resets_done.store(self.resets_wanted.load(Relaxed), Relaxed);
     }
 }
 

@@ -10,6 +10,6 @@ use pgrx::prelude::*;
 fn rheap_reset(pid: default!(Option<i32>, "NULL")) {
     let (_, slots) = super::slots("rheap_reset", pid);
     for (_, _, slot) in slots {
-        slot.resets_wanted.fetch_add(1, AcqRel);
+        slot.resets.fetch_add(1, AcqRel);
     }
 }

@@ -3,6 +3,9 @@
 //!
 //! From one return address to the next, a walk depends on the addresses alone (a frame has the size that the
 //! compiler gave it there). So when the stack pointer and every return address are the same, the walk would be too.
+//!
+//! Of an address its low half is looked at. To be taken for another, a function would have to be called at the same
+//! depth of the same stack from two places that lie a multiple of 4 GiB apart, to the byte.
 
 use std::mem::offset_of;
 
@@ -31,16 +34,17 @@ pub struct Home {
 
 #[repr(C, align(64))]
 pub struct Remembered {
+    /// From the stack pointer; the first is that of the innermost address.
+    offsets: [i32; PLACES],
+    /// The low halves of the addresses that lie there.
+    expected: [u32; PLACES],
     sp: u64,
     /// Places, in whole groups.
-    places: u64,
+    places: u32,
     pub stack: u32,
     pub home: Home,
     /// The stack that was met after this one lately: where it lies among the entries, in bytes.
     next: usize,
-    /// From the stack pointer; the first is that of the innermost address.
-    offsets: [i32; PLACES],
-    expected: [u64; PLACES],
 }
 
 #[repr(C)]
@@ -55,13 +59,13 @@ pub struct Memory {
 }
 
 const NOTHING: Remembered = Remembered {
+    offsets: [0; PLACES],
+    expected: [0; PLACES],
     sp: 0,
     places: 0,
     stack: 0,
     home: Home { context: 0, changes: 0, holder: Holder::new(0, 0) },
     next: 0,
-    offsets: [0; PLACES],
-    expected: [0; PLACES],
 };
 
 impl Memory {
@@ -146,17 +150,17 @@ impl Memory {
         entry.home = Home::default();
         // The innermost address fills the last group.
         entry.offsets.fill(0);
-        entry.expected.fill(trace.addresses[0]);
+        entry.expected.fill(trace.addresses[0] as u32);
         let mut places = 0;
         for (&address, &slot) in trace.addresses().iter().zip(&trace.slots) {
             if slot >= self.anchor {
                 break;
             }
             entry.offsets[places] = i32::try_from(slot - sp).ok()?;
-            entry.expected[places] = address;
+            entry.expected[places] = address as u32;
             places += 1;
         }
-        entry.places = places.next_multiple_of(GROUP) as u64;
+        entry.places = places.next_multiple_of(GROUP) as u32;
         entry.sp = sp;
         Some(entry)
     }
@@ -195,7 +199,7 @@ impl Remembered {
             }
             let mut differ = 0;
             for i in 0..self.places as usize {
-                let place = sp.wrapping_add_signed(*self.offsets.get_unchecked(i) as i64) as *const u64;
+                let place = sp.wrapping_add_signed(*self.offsets.get_unchecked(i) as i64) as *const u32;
                 differ |= place.read() ^ *self.expected.get_unchecked(i);
             }
             differ == 0
@@ -206,39 +210,31 @@ impl Remembered {
     /// As for `still_there`, on a processor with AVX2.
     #[inline(always)]
     unsafe fn gather(&self, sp: u64) -> bool {
-        // In what half a group of places differs, from place `i` on, or from the first on.
-        macro_rules! half {
-            ($into:literal, $index4:literal, $index8:literal, $at:literal) => {
+        // In what a group of places differs, from place `i` on or from the first on. A group is read at once.
+        macro_rules! group {
+            ($into:literal, $i:literal) => {
                 concat!(
-                    concat!("vmovdqu xmm1, [{entry} + ", $index4, "{offsets} + 4 * ", $at, "]\n"),
+                    concat!("vmovdqu ymm1, [{entry} + ", $i, "{offsets}]\n"),
                     "vpcmpeqd ymm2, ymm2, ymm2\n",
-                    "vpgatherdq ymm3, [{sp} + xmm1], ymm2\n",
-                    concat!("vpxor ", $into, ", ymm3, [{entry} + ", $index8, "{expected} + 8 * ", $at, "]\n"),
+                    concat!("vpgatherdd ", $into, ", [{sp} + ymm1], ymm2\n"),
+                    concat!("vpxor ", $into, ", ", $into, ", [{entry} + ", $i, "{expected}]\n"),
                 )
-            };
-        }
-        // The same of the next half, together with what differs so far.
-        macro_rules! another_half {
-            ($at:literal) => {
-                concat!(half!("ymm3", "{i} * 4 + ", "{i} * 8 + ", $at), "vpor ymm0, ymm0, ymm3")
             };
         }
         let different: u8;
         // SAFETY: reads the places and the two arrays, a group at a time and at least one group; writes registers.
         unsafe {
             std::arch::asm!(
-                half!("ymm0", "", "", "0"),
-                half!("ymm3", "", "", "4"),
-                "vpor ymm0, ymm0, ymm3",
+                group!("ymm0", ""),
                 "mov {i:e}, 8",
-                "cmp [{entry} + {places}], {i}",
+                "cmp [{entry} + {places}], {i:e}",
                 "jbe 3f",
                 "2:",
-                another_half!("0"),
-                another_half!("4"),
-                "add {i}, 8",
-                "cmp {i}, [{entry} + {places}]",
-                "jb 2b",
+                group!("ymm3", "{i} * 4 + "),
+                "vpor ymm0, ymm0, ymm3",
+                "add {i:e}, 8",
+                "cmp [{entry} + {places}], {i:e}",
+                "ja 2b",
                 "3:",
                 "vptest ymm0, ymm0",
                 "setnz {different}",
