@@ -7,6 +7,7 @@ use std::sync::atomic::Ordering::*;
 use pgrx::pg_sys;
 
 use super::ending::Text;
+use super::statements::{LOOK, SENDERS_LOOK};
 use super::{ASIDE, Full, Process, SITES_PART, State, backend_type, current, now};
 use crate::hook;
 use crate::ledger::account::Site;
@@ -172,6 +173,7 @@ impl Process {
         let kind = backend_type();
         // SAFETY: a plain read of the server's global.
         self.kind = unsafe { pg_sys::MyBackendType };
+        self.look_every = if self.kind == pg_sys::BackendType::B_WAL_SENDER { SENDERS_LOOK } else { LOOK };
         let mut followed = settings::Followed::now();
         self.tracked = slot.track.load(Relaxed);
         if self.tracked != 0 {

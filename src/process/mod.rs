@@ -98,7 +98,9 @@ pub struct Process {
     /// The first walk is to be made before anything else is allocated.
     baseline_due: bool,
     followed: settings::Followed,
+    /// Recorded allocations until the next look at the clock, and between two looks.
     looks: u32,
+    look_every: u32,
     /// Milliseconds of processor time between two ticks; 0: none.
     ticks: i32,
     now: i64,
@@ -147,6 +149,7 @@ pub static PROCESS: Global = Global(UnsafeCell::new(Process {
     baseline_due: false,
     followed: settings::Followed::NONE,
     looks: 0,
+    look_every: statements::LOOK,
     ticks: 0,
     now: 0,
     held: 0,

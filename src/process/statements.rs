@@ -2,8 +2,6 @@
 
 use std::sync::atomic::Ordering::*;
 
-use pgrx::pg_sys;
-
 use super::{Process, State, current, guarded, life, now};
 use crate::ledger::Due;
 use crate::pg_compat::Transaction;
@@ -13,15 +11,10 @@ use crate::{hook, pg_compat, settings};
 
 /// Recorded allocations between two looks at the clock within a statement, and within a sender's command, which has no
 /// end and uses little processor time.
-const LOOK: u32 = 256;
-const SENDERS_LOOK: u32 = 16;
+pub(super) const LOOK: u32 = 256;
+pub(super) const SENDERS_LOOK: u32 = 16;
 
 impl Process {
-    #[inline]
-    fn next_look(&self) -> u32 {
-        if self.kind == pg_sys::BackendType::B_WAL_SENDER { SENDERS_LOOK } else { LOOK }
-    }
-
     /// Looks at the clock, and walks if it is time.
     #[inline(never)]
     pub(super) fn look(&mut self, slot: &Slot) {
@@ -30,7 +23,7 @@ impl Process {
 
     /// `within` a statement, or between two.
     fn look_at(&mut self, slot: &Slot, within: bool) {
-        self.looks = self.next_look();
+        self.looks = self.look_every;
         self.now = now();
         if self.must_follow_wish(slot) {
             self.follow_settings();
@@ -98,7 +91,7 @@ impl Process {
         if self.walk.is_due(self.now) {
             self.look_at(slot, false);
         }
-        self.looks = self.next_look();
+        self.looks = self.look_every;
         self.publish(slot);
     }
 

@@ -29,16 +29,19 @@ pub unsafe fn look(process: &mut Process) {
     // SAFETY: the links of a consistent tree.
     unsafe {
         for (i, parent) in [pg_sys::CacheMemoryContext, pg_sys::TopMemoryContext].into_iter().enumerate() {
-            let last = process.walk.moved.0[i];
             if parent.is_null() {
                 continue;
             }
+            let last = process.walk.moved.0[i];
             let mut first = (*parent).firstchild;
+            if first == last {
+                continue;
+            }
             // It comes and goes with each transaction.
             if !first.is_null() && first == pg_sys::TopTransactionContext {
                 first = (*first).nextchild;
             }
-            if last != first {
+            if first != last {
                 process.walk.moved.0[i] = first;
                 look_at_new(process, first, last);
             }
