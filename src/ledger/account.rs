@@ -177,7 +177,7 @@ impl Site {
 
     /// Counts an allocation and its record. `alloc_weight` is what it stands for among all allocations,
     /// `live_weight` among those alive: they differ when every allocation is counted but not every one recorded.
-    #[inline]
+    #[inline(always)]
     pub fn record(&self, size: u64, alloc_weight: u64, live_weight: u64, stamp: Stamp) {
         let _write = self.write();
         let fresh = self.recorded_epoch.load(Relaxed) != stamp.epoch;

@@ -10,6 +10,7 @@ use super::table::{Entry, Table, mix};
 
 /// Addresses of a stretch share all bits above this one.
 const STRETCH: u32 = 10;
+const LATELY: usize = 16;
 
 #[derive(Clone, Copy, Default)]
 struct Stretch {
@@ -43,8 +44,8 @@ impl Entry for Stretch {
 pub struct Index {
     records: Region<Record>,
     stretches: Table<Stretch>,
-    /// Id of the stretch that was used last.
-    last: u32,
+    /// Ids of the stretches that were used last, by the low bits of their numbers: chunks come in a few rows at once.
+    lately: [u32; LATELY],
     high: u32,
     free: u32,
     live: u32,
@@ -55,9 +56,14 @@ fn number(address: u64) -> u64 {
     (address >> STRETCH) + 1
 }
 
+#[inline]
+fn lately(number: u64) -> usize {
+    number as usize % LATELY
+}
+
 impl Index {
     pub const fn new() -> Self {
-        Index { records: Region::new(), stretches: Table::new(), last: 0, high: 0, free: 0, live: 0 }
+        Index { records: Region::new(), stretches: Table::new(), lately: [0; LATELY], high: 0, free: 0, live: 0 }
     }
 
     /// Records in use.
@@ -81,12 +87,14 @@ impl Index {
     }
 
     /// Id of the stretch of an address, or 0 if it has no records.
-    #[inline]
+    #[inline(always)]
     pub fn stretch(&self, address: u64) -> u32 {
-        if self.last != 0 && self.stretches.get(self.last).number == number(address) {
-            return self.last;
+        let number = number(address);
+        let last = self.lately[lately(number)];
+        if last != 0 && self.stretches.get(last).number == number {
+            return last;
         }
-        self.stretches.find(number(address))
+        self.stretches.find(number)
     }
 
     /// Id of the record of a chunk, or 0.
@@ -128,11 +136,10 @@ impl Index {
             let head = &mut self.stretches.get_mut(stretch).head;
             record.chain = *head;
             *head = id;
-            self.last = stretch;
+            self.lately[lately(number(record.address))] = stretch;
         } else {
             record.chain = 0;
-            self.last = self.stretches.insert(Stretch { number: number(record.address), head: id, chain: 0 }, budget);
-            if self.last == 0 {
+            if !self.insert_stretch(number(record.address), id, budget) {
                 return 0;
             }
         }
@@ -144,6 +151,14 @@ impl Index {
         *self.records.get_mut(id as usize) = record;
         self.live += 1;
         id
+    }
+
+    /// A stretch with its first record. False when the budget is exhausted.
+    #[inline(never)]
+    fn insert_stretch(&mut self, number: u64, head: u32, budget: &mut Budget) -> bool {
+        let stretch = self.stretches.insert(Stretch { number, head, chain: 0 }, budget);
+        self.lately[lately(number)] = stretch;
+        stretch != 0
     }
 
     /// Removes a record by its id.
@@ -169,7 +184,6 @@ impl Index {
             self.stretches.get_mut(stretch).head = record.chain;
         } else {
             self.stretches.remove(stretch, Stretch::default());
-            self.last = 0;
         }
         *self.records.get_mut(id as usize) = Record { chain: self.free, ..Record::default() };
         self.free = id;
@@ -180,13 +194,13 @@ impl Index {
     pub fn abandon(&mut self, budget: &mut Budget) {
         self.records.abandon(budget);
         self.stretches.abandon(budget);
-        (self.last, self.high, self.free, self.live) = (0, 0, 0, 0);
+        (self.lately, self.high, self.free, self.live) = ([0; LATELY], 0, 0, 0);
     }
 
     /// Forgets everything and gives the memory back.
     pub fn clear(&mut self, budget: &mut Budget) {
         self.records.release(budget);
         self.stretches.clear(budget);
-        (self.last, self.high, self.free, self.live) = (0, 0, 0, 0);
+        (self.lately, self.high, self.free, self.live) = ([0; LATELY], 0, 0, 0);
     }
 }

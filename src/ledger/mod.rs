@@ -25,8 +25,8 @@ use cells::Cells;
 use entries::{Context, Record, SiteKey};
 use filter::Filter;
 use index::Index;
-pub use pending::Holder;
 use pending::Pending;
+pub use pending::{Chunk, Holder};
 use region::Budget;
 use sampling::{ONE, Rate, Rates, Rng};
 pub use short_lived::Due;
@@ -256,21 +256,17 @@ impl Ledger {
         account.set_inexact();
     }
 
-    /// Follows an allocation at once, without a time as pending. A record that the address still has is of a chunk
-    /// whose free was missed: it ends now.
-    pub fn record(
-        &mut self,
-        address: u64,
-        size: u64,
-        context: u32,
-        site: u32,
-        level: u8,
-        stamp: Stamp,
-        sites: &impl Sites,
-    ) {
+    /// Follows an allocation at once, without a time as pending.
+    pub fn record(&mut self, address: u64, chunk: Chunk, stamp: Stamp, sites: &impl Sites) {
+        self.enter(address, &chunk, false, stamp, sites);
+    }
+
+    /// Makes the record of a chunk that is none of those pending any more; `expected`: the filter still counts it. A
+    /// record that the address still has is of a chunk whose free was missed: it ends now.
+    fn enter(&mut self, address: u64, chunk: &Chunk, expected: bool, stamp: Stamp, sites: &impl Sites) {
         // Looked for once: a stretch that is not known yet costs two lines of memory that nothing else needs.
         let mut stretch = self.records.stretch(address);
-        if self.filter.may_have(address) {
+        if self.filter.may_have_more(address, expected) {
             let old = self.records.find_in(stretch, address);
             if old != 0 {
                 self.end(old, sites);
@@ -278,46 +274,42 @@ impl Ledger {
                 stretch = self.records.stretch(address);
             }
         }
-        let mut id = self.insert(address, size, context, site, level, stamp, stretch);
-        if id == 0 {
-            self.thin(sites);
-            stretch = self.records.stretch(address);
-            id = self.insert(address, size, context, site, level, stamp, stretch);
-        }
-        let weight = self.rates.weight(size, level);
+        let inserted = self.insert(address, chunk, stretch) || self.insert_at_last(address, chunk, sites);
+        let Chunk { size, level, .. } = *chunk;
+        let stamp = Stamp { epoch: chunk.epoch, ..stamp };
+        let weight = self.rates.weight(size, level as u8);
         let alloc_weight = if self.precision == Precision::Exact { ONE } else { weight };
-        let account = sites.site(site);
+        let account = sites.site(chunk.holder.site());
         if level != 0 {
             account.set_inexact();
         }
-        if id == 0 {
+        if !inserted {
+            if expected {
+                self.filter.remove(address);
+            }
             self.dropped += 1;
             account.count(size, alloc_weight, stamp);
             account.set_inexact();
             return;
         }
-        self.filter.add(address);
+        if !expected {
+            self.filter.add(address);
+        }
         self.held = self.held.wrapping_add(weight * size);
         account.record(size, alloc_weight, weight, stamp);
     }
 
-    fn insert(
-        &mut self,
-        address: u64,
-        size: u64,
-        context: u32,
-        site: u32,
-        level: u8,
-        stamp: Stamp,
-        stretch: u32,
-    ) -> u32 {
+    /// False when there is no memory for the record.
+    #[inline(always)]
+    fn insert(&mut self, address: u64, chunk: &Chunk, stretch: u32) -> bool {
+        let context = chunk.holder.context();
         let head = self.contexts.get(context).head;
         let record = Record {
             address,
-            size_level: size & ((1 << 56) - 1) | (level as u64) << 56,
-            site,
+            size_level: chunk.size & ((1 << 56) - 1) | (chunk.level as u64) << 56,
+            site: chunk.holder.site(),
             context,
-            epoch: stamp.epoch,
+            epoch: chunk.epoch,
             previous: 0,
             next: head,
             chain: 0,
@@ -330,9 +322,17 @@ impl Ledger {
             let context = self.contexts.get_mut(context);
             context.head = id;
             context.records += 1;
-            context.bytes += size;
+            context.bytes += chunk.size;
         }
-        id
+        id != 0
+    }
+
+    /// The same after others have made room.
+    #[cold]
+    #[inline(never)]
+    fn insert_at_last(&mut self, address: u64, chunk: &Chunk, sites: &impl Sites) -> bool {
+        self.thin(sites);
+        self.insert(address, chunk, self.records.stretch(address))
     }
 
     /// Takes a record out of the table and of its context's list. The account is the caller's.

@@ -122,23 +122,26 @@ impl Ledger {
     }
 
     fn settle(&mut self, address: u64, chunk: Chunk, stamp: Stamp, sites: &impl Sites) {
-        let Chunk { size, holder, level, epoch, .. } = chunk;
         self.settled += 1;
-        self.unexpect(address);
-        self.record(address, size, holder.context(), holder.site(), level as u8, Stamp { epoch, ..stamp }, sites);
+        self.enter(address, &chunk, self.expects(), stamp, sites);
     }
 
-    /// The free of a pending chunk has to come through the filter.
+    /// Whether the frees of pending chunks have to come through the filter.
+    #[inline]
+    fn expects(&self) -> bool {
+        FILTERED || self.precision != Precision::Exact
+    }
+
     #[inline]
     fn expect(&mut self, address: u64) {
-        if FILTERED || self.precision != Precision::Exact {
+        if self.expects() {
             self.filter.add(address);
         }
     }
 
     #[inline]
     fn unexpect(&mut self, address: u64) {
-        if FILTERED || self.precision != Precision::Exact {
+        if self.expects() {
             self.filter.remove(address);
         }
     }

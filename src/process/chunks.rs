@@ -5,7 +5,7 @@ use pgrx::pg_sys;
 
 use super::{Full, Process, State, current, guarded, now};
 use crate::ledger::account::Stamp;
-use crate::ledger::{Decision, Holder, Ledger};
+use crate::ledger::{Chunk, Decision, Holder, Ledger};
 use crate::pg_compat::{self, MemoryContext};
 use crate::settings;
 use crate::share::Share;
@@ -108,7 +108,10 @@ impl Process {
             Decision::Record(level) if pending => {
                 return self.ledger.hold(chunk, size, holder, cell, level, stamp, &share);
             }
-            Decision::Record(level) => self.ledger.record(chunk, size, id, site, level, stamp, &share),
+            Decision::Record(level) => {
+                let new = Chunk { size, holder, epoch: stamp.epoch, cell, level: level as u16 };
+                self.ledger.record(chunk, new, stamp, &share);
+            }
             Decision::Count => self.ledger.count(size, site, stamp, &share),
             Decision::Skip => return,
         }
@@ -292,16 +295,16 @@ extern "C-unwind" fn hold_displacing(chunk: *mut c_void, size: u64, holder: Hold
     // SAFETY: as for `guarded`.
     let process = unsafe { current() };
     let stamp = process.stamp();
-    if let Some(share) = process.share {
-        // A signal handler that comes in between must not meet the tables half-changed.
-        process.enter();
-        process.ledger.hold_displacing(chunk as u64, size, holder, stamp, &share);
+    // A signal handler that comes in between must not meet the tables half-changed.
+    process.enter();
+    if let Some(share) = &process.share {
+        process.ledger.hold_displacing(chunk as u64, size, holder, stamp, share);
         process.looks = process.looks.wrapping_sub(1);
-        if process.looks == 0 || !process.ledger.is_exact() {
-            process.pause();
-        } else {
-            process.leave(State::Ready);
-        }
+    }
+    if process.looks == 0 || !process.ledger.is_exact() {
+        process.pause();
+    } else {
+        process.leave(State::Ready);
     }
     returned(chunk)
 }
