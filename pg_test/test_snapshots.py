@@ -173,7 +173,8 @@ def test_a_session_of_prepared_statements_follows(exact, tmp_path):
         stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
     )
     try:
-        pid = eventually(lambda: exact.sql("SELECT pid FROM pg_stat_activity WHERE application_name = 'pgbench'"))
+        # pgbench looks around in a session of its own first.
+        pid = eventually(lambda: exact.sql("SELECT pid FROM pg_stat_activity WHERE query LIKE 'SELECT leaky_leak(1%'"))
         there = Process(int(pid))
         counted = lambda: int(live(exact, there))
         eventually(lambda: counted() > 100)

@@ -187,7 +187,6 @@ impl Process {
         self.followed = followed;
         slot.backend_type.store(kind, Relaxed);
         slot.without_messages.store(pg_compat::has_no_messages(kind) as u32, Relaxed);
-        slot.mode.store(followed.mode, Relaxed);
         let has_work = self.has_messages || slot.has_no_messages();
         // Also in a process that records nothing: rheap_track may have asked for it in the middle of a statement.
         let ticks = if has_work && pg_compat::allocates_much(kind as _) { followed.walk_interval.min(WISH) } else { 0 };
@@ -217,6 +216,8 @@ impl Process {
             self.flush(Due::Look);
             self.ledger.set_precision(precision);
         }
+        // Whoever reads this finds accounts that follow it.
+        slot.mode.store(followed.mode, Release);
         hook::record_all(precision == Precision::Exact);
         let limit = followed.memory_limit as usize * 1024;
         let rest = limit - ASIDE;

@@ -68,7 +68,7 @@ pub fn processes(slots: impl Iterator<Item = (i32, &'static Slot)>) -> Vec<Proce
         Process {
             pid,
             backend_type: super::backend_type(pid, slot),
-            mode: Mode::name(slot.mode.load(Relaxed)),
+            mode: Mode::name(slot.mode.load(Acquire)),
             watched_contexts: slot.watched_contexts.load(Relaxed),
             allocations,
             frees,
