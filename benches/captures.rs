@@ -76,7 +76,7 @@ impl Rheap {
     fn new() -> Self {
         let share = Share::map(1, 4096, false).unwrap();
         let mut unwinder = Box::new(Unwinder::new());
-        unwinder.prepare(0, &share.modules);
+        unwinder.prepare(0, share.rules, &share.modules);
         let (stacks, budget) = (Box::new(Stacks::new()), Budget::new(1 << 20));
         Rheap { share, unwinder, stacks, budget, trace: Trace::new(), gathers: Stacks::gathers() }
     }

@@ -40,7 +40,7 @@ pub unsafe fn prepare(processes: usize, cluster: bool) -> Result<(), String> {
     // SAFETY: no hook runs yet.
     let process = unsafe { current() };
     process.share = Some(share);
-    process.unwinder.prepare(pg_sys::PostgresMain as *const () as u64, &share.modules);
+    process.unwinder.prepare(pg_sys::PostgresMain as *const () as u64, share.rules, &share.modules);
     if process.unwinder.uses_frame_pointers() && !frame_pointers_agree(process, &share) {
         process.unwinder.trust_frame_pointers(false, &share.modules);
     }

@@ -10,7 +10,7 @@ pub mod row;
 pub mod slot;
 
 use std::fmt::Write;
-use std::sync::atomic::{AtomicU32, Ordering::*, fence};
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering::*, fence};
 
 use crate::ledger::Sites;
 use crate::ledger::account::{Site, SiteCopy};
@@ -24,6 +24,8 @@ use slot::Slot;
 const ROWS_PER_PROCESS: usize = 96;
 const PATHS: usize = 16384;
 const MODULES: usize = 512;
+/// Places for unwind rules: several times the return addresses of a busy server.
+const RULES: usize = 8192;
 
 #[derive(Clone, Copy)]
 pub struct Share {
@@ -36,6 +38,8 @@ pub struct Share {
     pub paths: Dictionary,
     /// Words: the packed path of the file.
     pub modules: Dictionary,
+    /// How to get from frames of the executable to their callers; see `stack::unwind`.
+    pub rules: &'static [AtomicU64],
     /// What processes held that are no more.
     pub endings: Endings,
     /// Set by the first process that has told the log of a full table.
@@ -95,6 +99,7 @@ impl Cutter {
             stacks: self.dictionary(call_sites * 2, call_sites * 32),
             paths: self.dictionary(PATHS, PATHS * 8),
             modules: self.dictionary(MODULES, MODULES * 16),
+            rules: self.cut(RULES),
             endings: Endings { places: self.cut(2 * ending::ENDINGS), written: self.cut(2), last_kill: self.cut(1) },
             full_logged: self.one(),
             cluster,

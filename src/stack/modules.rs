@@ -82,11 +82,6 @@ impl Modules {
         Some(&self.list[found])
     }
 
-    /// Whether an address lies in the executable, which the dynamic linker lists first.
-    pub fn is_main(&self, address: u64) -> bool {
-        self.len > 0 && (self.list[0].start..self.list[0].end).contains(&address)
-    }
-
     /// Module id and offset of a return address.
     pub fn locate(&mut self, address: u64, names: &Dictionary) -> Option<(u32, u64)> {
         let module = self.find(address, names)?;

@@ -29,6 +29,42 @@ pub enum Kind {
     Outermost,
 }
 
+/// Bits of a packed rule: where the return address lies in its module, and of each offset, in words of the stack.
+const WHERE: u32 = 28;
+const OFFSET: u32 = 17;
+
+impl Rule {
+    /// The rule and where its return address lies, in one word that is never 0. None if they do not fit.
+    pub fn pack(self, place: u64) -> Option<u64> {
+        let kind = match self.kind {
+            Kind::Unknown => return None,
+            Kind::Sp => 1,
+            Kind::Bp => 2,
+            Kind::Outermost => 3,
+        };
+        let offset = |bytes: i32| {
+            let words = (bytes / 8) as i64;
+            let fits = bytes % 8 == 0 && words << (64 - OFFSET) >> (64 - OFFSET) == words;
+            fits.then_some(words as u64 & ((1 << OFFSET) - 1))
+        };
+        let (cfa, bp) = (offset(self.cfa_offset)?, offset(self.bp_offset)?);
+        (place >> WHERE == 0).then_some(kind << 62 | cfa << (WHERE + OFFSET) | bp << WHERE | place)
+    }
+
+    /// The other way; None if the word is of another place.
+    pub fn unpack(word: u64, place: u64) -> Option<Rule> {
+        let kind = match word >> 62 {
+            1 => Kind::Sp,
+            2 => Kind::Bp,
+            3 => Kind::Outermost,
+            _ => return None,
+        };
+        let offset = |above: u32| ((word << above) as i64 >> (64 - OFFSET)) as i32 * 8;
+        let (cfa_offset, bp_offset) = (offset(64 - WHERE - 2 * OFFSET), offset(64 - WHERE - OFFSET));
+        (word & ((1 << WHERE) - 1) == place).then_some(Rule { kind, cfa_offset, bp_offset })
+    }
+}
+
 /// gimli's working memory, on the stack: there is no malloc inside a palloc.
 struct OnStack;
 
@@ -188,4 +224,34 @@ fn frame_kind(
         }
     }
     kind
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_rule_that_fits_into_a_word_comes_out_of_it() {
+        let rule = |kind, cfa_offset, bp_offset| Rule { kind, cfa_offset, bp_offset };
+        for (place, rule) in [
+            (0, rule(Kind::Outermost, 0, 0)),
+            (0x7f_ffff, rule(Kind::Sp, 8, 0)),
+            (0xfff_ffff, rule(Kind::Bp, 16, -16)),
+            (1, rule(Kind::Sp, 8 * 0xffff, -8 * 0x1_0000)),
+        ] {
+            let word = rule.pack(place).unwrap();
+            assert_eq!(Rule::unpack(word, place), Some(rule));
+            assert_eq!(Rule::unpack(word, place ^ 1), None);
+        }
+        assert_eq!(Rule::unpack(0, 0), None);
+        for (place, rule) in [
+            (1 << WHERE, rule(Kind::Sp, 8, 0)),
+            (0, rule(Kind::Sp, 12, 0)),
+            (0, rule(Kind::Sp, 8 * 0x1_0000, 0)),
+            (0, rule(Kind::Bp, 16, -8 * 0x1_0001)),
+            (0, rule(Kind::Unknown, 0, 0)),
+        ] {
+            assert_eq!(rule.pack(place), None);
+        }
+    }
 }

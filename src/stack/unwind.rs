@@ -1,5 +1,7 @@
 //! The walk itself: two loads per frame where frame pointers are kept, a cached rule per frame elsewhere.
 
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+
 use super::modules::Modules;
 use super::rules::{self, Kind, Rule};
 use crate::share::dictionary::Dictionary;
@@ -49,6 +51,12 @@ struct Cached {
 
 pub struct Unwinder {
     pub modules: Modules,
+    /// Rules of return addresses in the executable, which lies at the same place in all processes of a cluster: what
+    /// one has read, none has to read again, and its memory is not copied for it.
+    shared: &'static [AtomicU64],
+    /// The executable.
+    main: (u64, u64),
+    /// All others.
     rules: [Cached; RULES],
     /// The ends of the stack that the process started on.
     lowest: u64,
@@ -68,6 +76,8 @@ impl Unwinder {
         };
         Unwinder {
             modules: Modules::new(),
+            shared: &[],
+            main: (0, 0),
             rules: [empty; RULES],
             lowest: 0,
             top: 0,
@@ -77,9 +87,14 @@ impl Unwinder {
     }
 
     /// Reads the process's modules and the ends of its stack. Allocates: at load only.
-    pub fn prepare(&mut self, statement_loop: u64, names: &Dictionary) {
+    pub fn prepare(&mut self, statement_loop: u64, shared: &'static [AtomicU64], names: &Dictionary) {
         self.modules.set_main_path();
         self.modules.refresh(names);
+        // Every process comes through `main`, so the executable is what the process's own entry point lies in.
+        // SAFETY: a look-up in the process's own auxiliary vector.
+        let entry = unsafe { libc::getauxval(libc::AT_ENTRY) };
+        self.main = self.modules.find(entry, names).map_or((0, 0), |main| (main.start, main.end));
+        self.shared = shared;
         let (lowest, top) = stack_ends().unwrap_or((0, 0));
         (self.lowest, self.top) = (lowest, top);
         self.statement_loop =
@@ -92,10 +107,7 @@ impl Unwinder {
         self.modules.dwarf_only = !trust;
         self.rules.iter_mut().for_each(|r| r.return_address = 0);
         self.fast = (0, 0);
-        // Every process comes through `main`, so the executable is what the process's own entry point lies in.
-        // SAFETY: a look-up in the process's own auxiliary vector.
-        let entry = unsafe { libc::getauxval(libc::AT_ENTRY) };
-        if let Some(main) = self.modules.find(entry, names)
+        if let Some(main) = self.modules.find(self.main.0, names)
             && main.frame_pointers
             && trust
         {
@@ -190,18 +202,34 @@ impl Unwinder {
 
     #[inline]
     fn rule(&mut self, ip: u64, names: &Dictionary) -> Cached {
-        let index = (ip ^ (ip >> 12)) as usize % RULES;
+        let hash = (ip ^ (ip >> 12)) as usize;
+        let place = ip.wrapping_sub(self.main.0);
+        if place < self.main.1 - self.main.0 {
+            let word = &self.shared[hash % self.shared.len()];
+            return match Rule::unpack(word.load(Relaxed), place) {
+                // Where its frame pointers are used, nobody asks.
+                Some(rule) => Cached { return_address: ip, rule, frame_pointers: false },
+                None => self.read_shared_rule(ip, word, names),
+            };
+        }
+        let index = hash % RULES;
         let cached = self.rules[index];
         if cached.return_address == ip { cached } else { self.read_rule(ip, index, names) }
     }
 
     #[cold]
-    fn read_rule(&mut self, ip: u64, index: usize, names: &Dictionary) -> Cached {
-        // The tables of a library that has been unloaded since the last look may not be there to be read. The server's
-        // own are.
-        if !self.modules.is_main(ip) {
-            self.refresh(names);
+    fn read_shared_rule(&mut self, ip: u64, word: &AtomicU64, names: &Dictionary) -> Cached {
+        let rule = self.modules.find(ip, names).map_or(Rule::default(), |main| rules::find(main, ip));
+        if let Some(packed) = rule.pack(ip - self.main.0) {
+            word.store(packed, Relaxed);
         }
+        Cached { return_address: ip, rule, frame_pointers: false }
+    }
+
+    #[cold]
+    fn read_rule(&mut self, ip: u64, index: usize, names: &Dictionary) -> Cached {
+        // The tables of a library that has been unloaded since the last look may not be there to be read.
+        self.refresh(names);
         let dwarf_only = self.modules.dwarf_only;
         let (rule, frame_pointers) = match self.modules.find(ip, names) {
             Some(module) => (rules::find(module, ip), module.frame_pointers && !dwarf_only),
