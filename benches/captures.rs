@@ -74,7 +74,7 @@ struct Rheap {
 
 impl Rheap {
     fn new() -> Self {
-        let share = Share::map(1, 4096, false).unwrap();
+        let share = Share::map(1, 4096).unwrap();
         let mut unwinder = Box::new(Unwinder::new());
         unwinder.prepare(0, share.rules, &share.modules);
         let (stacks, budget) = (Box::new(Stacks::new()), Budget::new(1 << 20));

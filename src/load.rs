@@ -22,7 +22,7 @@ pub fn init() {
         let _held = reserve::hold();
         let cluster = startup && pg_sys::PostmasterPid == libc::getpid();
         let processes = if cluster { most_processes() } else { 1 };
-        process::prepare(processes, cluster).and_then(|()| hook::install())
+        process::prepare(processes).and_then(|()| hook::install())
     };
     let way = if process::uses_frame_pointers() { "frame pointers" } else { "unwind tables" };
     pgrx::debug1!("rheap walks the server's stacks by {way}");

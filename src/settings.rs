@@ -59,14 +59,8 @@ pub struct Followed {
 
 impl Followed {
     /// Before anything is followed.
-    pub const NONE: Followed = Followed {
-        mode: u32::MAX,
-        sample_bytes: 0,
-        memory_limit: 0,
-        stack_depth: 0,
-        walk_interval: 0,
-        scope_all: false,
-    };
+    pub const NONE: Followed =
+        Followed { mode: 0, sample_bytes: 0, memory_limit: 0, stack_depth: 0, walk_interval: 0, scope_all: false };
 
     #[inline]
     pub fn now() -> Self {

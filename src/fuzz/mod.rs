@@ -119,7 +119,7 @@ proptest! {
 
     #[test]
     fn a_mapping_full_of_noise_is_read_without_harm(seed in any::<u64>(), density in 1..64u64) {
-        let share = Share::map(4, 256, true).unwrap();
+        let share = Share::map(4, 256).unwrap();
         let mut state = seed | 1;
         for word in share.raw_words() {
             // xorshift; small numbers are as likely as large ones, since ids and lengths are small.

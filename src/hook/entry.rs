@@ -170,18 +170,6 @@ macro_rules! alloc_exact {
 alloc_exact!(alloc_exact => allocated_exact::<false>);
 alloc_exact!(alloc_exact_gathering => allocated_exact::<true>);
 
-/// Between two statements: MessageContext is reset.
-#[unsafe(naked)]
-unsafe extern "C-unwind" fn boundary(context: MemoryContext) {
-    core::arch::naked_asm!("mov rsi, rsp", "mov rdx, rbp", "jmp {to}", to = sym boundary_from)
-}
-
-/// Any other context on a watch table is reset.
-#[unsafe(naked)]
-unsafe extern "C-unwind" fn reset(context: MemoryContext) {
-    core::arch::naked_asm!("mov rsi, rsp", "mov rdx, rbp", "jmp {to}", to = sym reset_from)
-}
-
 pub static ENTRIES: Entries = Entries {
     first_touch: [
         first_touch_0 as *const (),
@@ -286,16 +274,18 @@ unsafe extern "C-unwind" fn tick(context: MemoryContext, size: usize, flags: c_i
     }
 }
 
-unsafe extern "C-unwind" fn boundary_from(context: MemoryContext, regs: Regs) {
+/// Between two statements: MessageContext is reset.
+unsafe extern "C-unwind" fn boundary(context: MemoryContext) {
     // SAFETY: the server calls with MessageContext, on its boundary table.
     unsafe {
         let original = tables::original_of(context).reset.unwrap_unchecked();
         original(context);
-        process::message_done(regs);
+        process::message_done();
     }
 }
 
-unsafe extern "C-unwind" fn reset_from(context: MemoryContext, regs: Regs) {
+/// Any other context on a watch table is reset.
+unsafe extern "C-unwind" fn reset(context: MemoryContext) {
     // SAFETY: the server calls with a live context on a watch table.
     unsafe {
         let original = tables::original_of(context).reset.unwrap_unchecked();
@@ -303,7 +293,7 @@ unsafe extern "C-unwind" fn reset_from(context: MemoryContext, regs: Regs) {
         original(context);
         // With scope `all` it is watched like any other.
         if context == pg_sys::MessageContext {
-            process::message_done(regs);
+            process::message_done();
         }
     }
 }

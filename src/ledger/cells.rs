@@ -47,8 +47,8 @@ const NEW: Cell = Cell { recorded: 0, paired: 0, kept: 0, epoch: 0, level: 0 };
 
 #[repr(C)]
 pub struct Cells {
-    /// No cell has been asked anything yet.
-    fresh: bool,
+    /// Cells have been asked something.
+    asked: bool,
     /// Exact records that may still be made.
     budget: u32,
     /// The level of all cells while the process starts; 0 afterwards.
@@ -65,13 +65,13 @@ pub struct Cells {
 
 impl Cells {
     pub const fn new() -> Self {
-        Cells { gaps: [0; CELLS], cells: [NEW; CELLS], fresh: true, budget: 0, starting: 0, rate: 0, floor: 0 }
+        Cells { gaps: [0; CELLS], cells: [NEW; CELLS], asked: false, budget: 0, starting: 0, rate: 0, floor: 0 }
     }
 
     /// Every allocation is asked for.
     pub fn all(&mut self) {
         self.gaps.fill(0);
-        if !std::mem::replace(&mut self.fresh, true) {
+        if std::mem::replace(&mut self.asked, false) {
             self.cells.fill(NEW);
         }
         (self.rate, self.floor, self.starting, self.budget) = (0, 0, 0, BUDGET);
@@ -109,7 +109,7 @@ impl Cells {
             return;
         }
         self.starting = 0;
-        self.fresh = false;
+        self.asked = true;
         for i in 0..CELLS {
             if rates.rate(self.cells[i].level) < floor {
                 self.draw(i, floor, rates, rng);
@@ -147,7 +147,7 @@ impl Cells {
             self.gaps[index] = rates.gap(self.starting, rng);
             return (Some(self.starting), false);
         }
-        self.fresh = false;
+        self.asked = true;
         let c = &mut self.cells[index];
         let level = c.level;
         if level == 0 && self.budget == 0 {
@@ -197,7 +197,7 @@ impl Cells {
     /// A recorded chunk of this cell was freed at once.
     #[inline]
     pub fn paired(&mut self, cell: u16) {
-        if !self.fresh {
+        if self.asked {
             self.cells[cell as usize % CELLS].paired += 1;
         }
     }
@@ -205,7 +205,7 @@ impl Cells {
     /// A recorded chunk of this cell outlived its statement.
     #[inline]
     pub fn kept(&mut self, cell: u16) {
-        if !self.fresh {
+        if self.asked {
             self.cells[cell as usize % CELLS].kept += 1;
         }
     }

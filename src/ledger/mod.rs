@@ -55,10 +55,10 @@ pub enum Decision {
 /// Which allocations are followed.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum Precision {
-    /// None; yet each may still be asked for, so that the process notices when that changes.
-    None { ask: bool },
     /// All, as long as there is memory; past it all are counted and a sample is followed.
     Exact,
+    /// None; yet each may still be asked for, so that the process notices when that changes.
+    None { ask: bool },
     /// A sample of where it would cost to follow all; see [`cells`].
     Sampled(Rate),
     /// A sample everywhere.
@@ -100,9 +100,18 @@ pub struct Ledger {
 
 impl Ledger {
     /// An empty ledger that follows every allocation and uses at most `limit` bytes.
-    pub const fn new(limit: usize, seed: u64) -> Self {
+    pub fn new(limit: usize, seed: u64) -> Self {
+        let mut ledger = Self::unborn();
+        ledger.set_limit(limit);
+        ledger.seed(seed);
+        ledger.set_precision(Precision::Exact);
+        ledger
+    }
+
+    /// A ledger of which nothing but zero bytes has to be stored. It has no memory, seed or precision yet.
+    pub const fn unborn() -> Self {
         Ledger {
-            budget: Budget::new(limit),
+            budget: Budget::new(0),
             records: Index::new(),
             contexts: Table::new(),
             sites: Table::new(),
@@ -110,9 +119,9 @@ impl Ledger {
             filter: Filter::new(),
             pending: Pending::new(),
             precision: Precision::Exact,
-            quick: true,
+            quick: false,
             rates: Rates::new(),
-            rng: Rng::new(seed),
+            rng: Rng::unseeded(),
             level: 0,
             gap: 0,
             dropped: 0,

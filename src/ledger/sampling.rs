@@ -27,6 +27,11 @@ pub fn weight(size: u64, rate: Rate) -> u64 {
 pub struct Rng(u64);
 
 impl Rng {
+    /// All zero, and not to be asked.
+    pub const fn unseeded() -> Self {
+        Rng(0)
+    }
+
     pub const fn new(seed: u64) -> Self {
         Rng(seed ^ 0x9E37_79B9_7F4A_7C15 | 1)
     }
@@ -50,7 +55,8 @@ const LEVELS: usize = 160;
 /// The rates that records were made with. A record keeps an index only, so that what was added with a rate is
 /// subtracted with the same.
 pub struct Rates {
-    count: usize,
+    /// Beside the first.
+    more: usize,
     levels: [Level; LEVELS],
 }
 
@@ -64,7 +70,7 @@ struct Level {
 impl Rates {
     /// Level 0 is exact.
     pub const fn new() -> Self {
-        Rates { count: 1, levels: [Level { rate: 0, factor: 0.0 }; LEVELS] }
+        Rates { more: 0, levels: [Level { rate: 0, factor: 0.0 }; LEVELS] }
     }
 
     #[inline]
@@ -73,15 +79,15 @@ impl Rates {
     }
 
     pub fn level(&mut self, rate: Rate) -> u8 {
-        if let Some(level) = self.levels[..self.count].iter().position(|l| l.rate == rate) {
+        if let Some(level) = self.levels[..=self.more].iter().position(|l| l.rate == rate) {
             return level as u8;
         }
-        if self.count < LEVELS {
+        if self.more < LEVELS - 1 {
             let factor = if rate > 1 { 1.0 / series::ln_one_less(1.0 / rate as f64) } else { 0.0 };
-            self.levels[self.count] = Level { rate, factor };
-            self.count += 1;
+            self.more += 1;
+            self.levels[self.more] = Level { rate, factor };
         }
-        (self.count - 1) as u8
+        self.more as u8
     }
 
     /// Bytes until the next sample: geometric with the level's rate as its mean.

@@ -11,6 +11,7 @@ use super::statements::{LOOK, SENDERS_LOOK};
 use super::{ASIDE, Full, Process, SITES_PART, State, backend_type, current, now};
 use crate::hook;
 use crate::ledger::account::Site;
+use crate::ledger::region::Budget;
 use crate::ledger::{Due, Precision, cells};
 use crate::pg_compat;
 use crate::settings::{self, Mode};
@@ -32,14 +33,18 @@ const WISH: i32 = 500;
 ///
 /// # Safety
 /// From `_PG_init`.
-pub unsafe fn prepare(processes: usize, cluster: bool) -> Result<(), String> {
+pub unsafe fn prepare(processes: usize) -> Result<(), String> {
     let sites = settings::max_call_sites();
     // Who has it alone needs no more than it may fill.
-    let sites = if cluster { sites } else { sites.min((most_chunks(settings::memory_limit()) + 1) * CHUNK) };
-    let share = Share::map(processes, sites, cluster).map_err(|e| format!("the shared mapping is refused: {e}"))?;
+    let sites = if processes > 1 { sites } else { sites.min((most_chunks(settings::memory_limit()) + 1) * CHUNK) };
+    let share = Share::map(processes, sites).map_err(|e| format!("the shared mapping is refused: {e}"))?;
     // SAFETY: no hook runs yet.
     let process = unsafe { current() };
+    process.touch();
     process.share = Some(share);
+    process.aside = Budget::inherited(ASIDE / 2);
+    process.query_id = pg_compat::query_id_place();
+    process.ledger.set_precision(Precision::Exact);
     process.unwinder.prepare(pg_sys::PostgresMain as *const () as u64, share.rules, &share.modules);
     if process.unwinder.uses_frame_pointers() && !frame_pointers_agree(process, &share) {
         process.unwinder.trust_frame_pointers(false, &share.modules);

@@ -54,7 +54,7 @@ pub enum State {
 #[derive(Clone, Copy)]
 enum Full {
     /// The process's own memory, or its part of the shared tables.
-    Memory,
+    Memory = 1,
     /// The shared table of call stacks.
     Stacks,
     /// The shared table of call sites.
@@ -123,17 +123,18 @@ pub struct Process {
 pub struct Global(UnsafeCell<Process>);
 // SAFETY: one thread per server process; see the module's comment on signal handlers.
 unsafe impl Sync for Global {}
+/// All zero bytes, so that the library's file need not hold it and the kernel need not copy it; `prepare` does the rest.
 /// Named for the hook's entries, which count down the gaps of the cells by themselves.
 pub static PROCESS: Global = Global(UnsafeCell::new(Process {
     share: None,
     state: State::Detached,
     quick: false,
     own_slot: None,
-    query_id: &raw const pg_compat::NO_QUERY_ID,
+    query_id: std::ptr::null(),
     slot: 0,
     pid: 0,
-    ledger: Ledger::new(32 << 20, 0),
-    aside: Budget::inherited(ASIDE / 2),
+    ledger: Ledger::unborn(),
+    aside: Budget::new(0),
     unwinder: Unwinder::new(),
     stacks: Stacks::new(),
     sites: Cursor { next: 0, end: 0, chunks: 0, most: 0 },
@@ -149,7 +150,7 @@ pub static PROCESS: Global = Global(UnsafeCell::new(Process {
     baseline_due: false,
     followed: settings::Followed::NONE,
     looks: 0,
-    look_every: statements::LOOK,
+    look_every: 0,
     ticks: 0,
     now: 0,
     held: 0,
@@ -266,6 +267,16 @@ impl Process {
     #[inline(always)]
     fn must_follow_wish(&self, slot: &Slot) -> bool {
         slot.track.load(Relaxed) != self.tracked
+    }
+
+    /// Reads of every page: what has never been touched costs each forked child a fault when it looks there, and what
+    /// the parent has mapped, if only as zeros, costs none.
+    fn touch(&self) {
+        let start = (&raw const *self).cast::<u8>();
+        for page in (0..size_of::<Process>()).step_by(4096) {
+            // SAFETY: inside this very struct.
+            unsafe { start.add(page).read_volatile() };
+        }
     }
 
     /// Whether anything is recorded.

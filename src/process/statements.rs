@@ -6,7 +6,6 @@ use super::{Process, State, current, guarded, life, now};
 use crate::ledger::Due;
 use crate::pg_compat::Transaction;
 use crate::share::slot::{POSTMASTER, Slot};
-use crate::stack::Regs;
 use crate::{hook, pg_compat, settings};
 
 /// Recorded allocations between two looks at the clock within a statement, and within a sender's command, which has no
@@ -66,7 +65,7 @@ impl Process {
 
     /// A client's message has been dealt with.
     #[inline]
-    fn statement_done(&mut self, slot: &'static Slot, regs: Regs, in_block: bool) {
+    fn statement_done(&mut self, slot: &'static Slot, in_block: bool) {
         // When the statement began is near enough, and known already.
         self.now = pg_compat::statement_start();
         self.flush(if in_block { Due::Message } else { Due::Statement });
@@ -78,7 +77,7 @@ impl Process {
             slot.transaction.store(self.epoch, Relaxed);
         }
         if slot.reset_pending() || !self.has_served || settings::changed() || self.must_follow_wish(slot) {
-            self.between_statements(slot, regs);
+            self.between_statements(slot);
         }
         // SAFETY: between two statements the tree is consistent.
         unsafe { crate::walk::moved::look(self) };
@@ -97,10 +96,7 @@ impl Process {
 
     /// What seldom has to be done.
     #[cold]
-    fn between_statements(&mut self, slot: &'static Slot, regs: Regs) {
-        if let Some(share) = &self.share {
-            self.stacks.anchor(&mut self.unwinder, regs, share);
-        }
+    fn between_statements(&mut self, slot: &'static Slot) {
         if slot.reset_pending() {
             self.forget();
         }
@@ -195,10 +191,7 @@ pub fn first_message() {
 }
 
 /// A client's message has been dealt with: between two statements, the best moment for everything that takes time.
-///
-/// # Safety
-/// `regs` are those of a call in progress.
-pub unsafe fn message_done(regs: Regs) {
+pub fn message_done() {
     // SAFETY: as for `guarded`.
     let process = unsafe { current() };
     let transaction = pg_compat::transaction();
@@ -210,7 +203,7 @@ pub unsafe fn message_done(regs: Regs) {
     if process.own_slot.is_some() || process.attach() {
         state = State::Ready;
         if let Some(slot) = process.slot() {
-            process.statement_done(slot, regs, transaction == Transaction::Block);
+            process.statement_done(slot, transaction == Transaction::Block);
         }
     }
     process.leave(state);

@@ -44,8 +44,6 @@ pub struct Share {
     pub endings: Endings,
     /// Set by the first process that has told the log of a full table.
     pub full_logged: &'static AtomicU32,
-    /// Whether the whole cluster shares it, or this session has it for itself.
-    pub cluster: bool,
 }
 
 impl Sites for Share {
@@ -91,7 +89,7 @@ impl Cutter {
         Pool { owners: self.cut(chunks), rows: self.cut(chunks * CHUNK) }
     }
 
-    fn share(&mut self, processes: usize, call_sites: usize, cluster: bool) -> Share {
+    fn share(&mut self, processes: usize, call_sites: usize) -> Share {
         Share {
             slots: self.cut(processes),
             sites: self.pool(call_sites),
@@ -102,16 +100,20 @@ impl Cutter {
             rules: self.cut(RULES),
             endings: Endings { places: self.cut(2 * ending::ENDINGS), written: self.cut(2), last_kill: self.cut(1) },
             full_logged: self.one(),
-            cluster,
         }
     }
 }
 
 impl Share {
-    /// Maps it. Pages are used when touched. Error: what the system said.
-    pub fn map(processes: usize, call_sites: usize, cluster: bool) -> std::io::Result<Share> {
+    /// Whether the whole cluster shares it, or this session has it for itself.
+    pub fn is_clusters(&self) -> bool {
+        self.slots.len() > 1
+    }
+
+    /// Maps it, for one process or for all of a cluster. Pages are used when touched. Error: what the system said.
+    pub fn map(processes: usize, call_sites: usize) -> std::io::Result<Share> {
         let mut dry = Cutter { at: 0, base: std::ptr::null_mut() };
-        dry.share(processes, call_sites, cluster);
+        dry.share(processes, call_sites);
         // SAFETY: a fresh anonymous mapping.
         let base = unsafe {
             libc::mmap(
@@ -126,7 +128,7 @@ impl Share {
         if base == libc::MAP_FAILED {
             return Err(std::io::Error::last_os_error());
         }
-        Ok(Cutter { at: 0, base: base.cast() }.share(processes, call_sites, cluster))
+        Ok(Cutter { at: 0, base: base.cast() }.share(processes, call_sites))
     }
 
     /// Writes down what a slot's process holds. `preferred` says which call sites come first, whatever they hold; None
@@ -336,7 +338,7 @@ mod tests {
 
     #[test]
     fn a_slot_is_recycled_when_its_process_is_gone() {
-        let share = Share::map(3, 64, true).unwrap();
+        let share = Share::map(3, 64).unwrap();
         let me = std::process::id() as i32;
         let mut child = std::process::Command::new("true").spawn().unwrap();
         let gone = child.id() as i32;
@@ -367,7 +369,7 @@ mod tests {
 
     #[test]
     fn what_a_dead_process_held_is_kept_once_and_under_its_own_name() {
-        let share = Share::map(4, 256, true).unwrap();
+        let share = Share::map(4, 256).unwrap();
         let (index, pid) = dead(&share, 100);
         let kept = || share.endings.all().iter().map(|e| (e.pid, e.how)).collect::<Vec<_>>();
         share.bury(index, pid, 1, 5, 0);
@@ -383,7 +385,7 @@ mod tests {
 
     #[test]
     fn who_is_ended_because_another_was_killed_does_not_count_as_killed() {
-        let share = Share::map(4, 256, true).unwrap();
+        let share = Share::map(4, 256).unwrap();
         let (victim, others) = (dead(&share, 100), [dead(&share, 100), dead(&share, ending::MUCH)]);
         share.bury(victim.0, victim.1, victim.1, 5, share.endings.last_kill());
         // A death alone is no word of the postmaster's.
@@ -399,7 +401,7 @@ mod tests {
 
     #[test]
     fn a_slot_that_has_changed_hands_shows_nothing_of_its_new_owner() {
-        let share = Share::map(4, 256, true).unwrap();
+        let share = Share::map(4, 256).unwrap();
         let (index, pid) = dead(&share, 100);
         assert_eq!(share.held_by(index, pid).0.len(), 1);
         assert!(share.held_by(index, pid + 1).0.is_empty());
@@ -414,7 +416,7 @@ mod tests {
 
     #[test]
     fn a_process_whose_id_was_used_before_takes_that_ones_slot() {
-        let share = Share::map(3, 64, true).unwrap();
+        let share = Share::map(3, 64).unwrap();
         let me = std::process::id() as i32;
         let slot = share.claim_slot(me, 4);
         share.slots[slot.unwrap() as usize].allocations.store(5, Relaxed);
@@ -425,7 +427,7 @@ mod tests {
 
     #[test]
     fn chunks_run_out_and_come_back() {
-        let share = Share::map(4, 2 * CHUNK, true).unwrap();
+        let share = Share::map(4, 2 * CHUNK).unwrap();
         let mut cursor = pool::Cursor::default();
         let rows: Vec<u32> = std::iter::from_fn(|| cursor.take(&share.sites, 1)).collect();
         assert_eq!(rows.len(), 2 * CHUNK);
@@ -436,7 +438,7 @@ mod tests {
 
     #[test]
     fn a_path_reads_from_the_top() {
-        let share = Share::map(1, 16, false).unwrap();
+        let share = Share::map(1, 16).unwrap();
         let mut words = [0; 64];
         let mut parent = 0;
         for name in ["TopMemoryContext", "CacheMemoryContext", "PL/pgSQL function"] {

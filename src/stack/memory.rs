@@ -54,7 +54,7 @@ pub struct Memory {
     turn: usize,
     /// The stack that was met last by the two ways that exact recording takes: where it lies among the entries, in bytes.
     last: usize,
-    /// Return addresses at and above this place stay what they are for as long as the process lives.
+    /// Return addresses at and above this place stay what they are for as long as the process lives; 0: unknown.
     anchor: u64,
 }
 
@@ -70,7 +70,7 @@ const NOTHING: Remembered = Remembered {
 
 impl Memory {
     pub const fn new() -> Self {
-        Memory { entries: [NOTHING; ENTRIES], turn: 0, last: 0, anchor: u64::MAX }
+        Memory { entries: [NOTHING; ENTRIES], turn: 0, last: 0, anchor: 0 }
     }
 
     /// The first of the places of a stack; the others are its neighbours.
@@ -153,7 +153,7 @@ impl Memory {
         entry.expected.fill(trace.addresses[0] as u32);
         let mut places = 0;
         for (&address, &slot) in trace.addresses().iter().zip(&trace.slots) {
-            if slot >= self.anchor {
+            if self.anchor != 0 && slot >= self.anchor {
                 break;
             }
             entry.offsets[places] = i32::try_from(slot - sp).ok()?;
@@ -171,12 +171,12 @@ impl Memory {
     }
 
     pub fn has_anchor(&self) -> bool {
-        self.anchor != u64::MAX
+        self.anchor != 0
     }
 
     /// Forgets all, the anchor too.
     pub fn clear(&mut self) {
-        self.anchor = u64::MAX;
+        self.anchor = 0;
         self.forget();
     }
 

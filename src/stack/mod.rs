@@ -132,23 +132,24 @@ impl Stacks {
         if stack == 0 || self.trace.frames == 0 || !remember {
             return (stack, None);
         }
+        self.anchor(unwinder);
         // SAFETY: the caller's promise.
         let key = unsafe { self.callers.key(regs.sp) };
         (stack, self.memory.learn(regs.sp, key, &self.trace, stack).map(|r| &mut r.home))
     }
 
-    /// Between two statements, from a hook that the server's loop of statements has called: that loop is never left,
-    /// so the frames below it need not be looked at again. Once per process.
-    pub fn anchor(&mut self, unwinder: &mut Unwinder, regs: Regs, share: &Share) {
+    /// The server's loop of statements is never left, so the frames below it, in a process that has such a loop, need
+    /// not be looked at again. To be called when a walk is at hand.
+    fn anchor(&mut self, unwinder: &Unwinder) {
         if self.memory.has_anchor() {
             return;
         }
-        unwinder.walk(regs, MAX_FRAMES, &mut self.trace, &share.modules);
         let (start, end) = unwinder.statement_loop;
         let inside = self.trace.addresses().iter().position(|&ip| ip > start && ip <= end);
-        // The slot after the loop's own holds where the loop would return to. Not found: nothing is an anchor.
-        let anchor = inside.and_then(|i| self.trace.slots[..self.trace.frames].get(i + 1));
-        self.memory.set_anchor(anchor.copied().unwrap_or(u64::MAX - 1));
+        // The slot after the loop's own holds where the loop would return to.
+        if let Some(anchor) = inside.and_then(|i| self.trace.slots[..self.trace.frames].get(i + 1)) {
+            self.memory.set_anchor(*anchor);
+        }
     }
 
     /// A library was unloaded, and another may lie in its place: no address is what it was for certain.

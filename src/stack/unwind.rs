@@ -31,7 +31,7 @@ pub struct Trace {
 
 impl Trace {
     pub const fn new() -> Self {
-        Trace { addresses: [0; MAX_FRAMES], slots: [0; MAX_FRAMES], frames: 0, cut: true }
+        Trace { addresses: [0; MAX_FRAMES], slots: [0; MAX_FRAMES], frames: 0, cut: false }
     }
 
     pub fn addresses(&self) -> &[u64] {
@@ -53,7 +53,7 @@ pub struct Unwinder {
     pub modules: Modules,
     /// Rules of return addresses in the executable, which lies at the same place in all processes of a cluster: what
     /// one has read, none has to read again, and its memory is not copied for it.
-    shared: &'static [AtomicU64],
+    shared: Option<&'static [AtomicU64]>,
     /// The executable.
     main: (u64, u64),
     /// All others.
@@ -76,7 +76,7 @@ impl Unwinder {
         };
         Unwinder {
             modules: Modules::new(),
-            shared: &[],
+            shared: None,
             main: (0, 0),
             rules: [empty; RULES],
             lowest: 0,
@@ -94,7 +94,7 @@ impl Unwinder {
         // SAFETY: a look-up in the process's own auxiliary vector.
         let entry = unsafe { libc::getauxval(libc::AT_ENTRY) };
         self.main = self.modules.find(entry, names).map_or((0, 0), |main| (main.start, main.end));
-        self.shared = shared;
+        self.shared = Some(shared);
         let (lowest, top) = stack_ends().unwrap_or((0, 0));
         (self.lowest, self.top) = (lowest, top);
         self.statement_loop =
@@ -204,8 +204,10 @@ impl Unwinder {
     fn rule(&mut self, ip: u64, names: &Dictionary) -> Cached {
         let hash = (ip ^ (ip >> 12)) as usize;
         let place = ip.wrapping_sub(self.main.0);
-        if place < self.main.1 - self.main.0 {
-            let word = &self.shared[hash % self.shared.len()];
+        if place < self.main.1 - self.main.0
+            && let Some(shared) = self.shared
+        {
+            let word = &shared[hash % shared.len()];
             return match Rule::unpack(word.load(Relaxed), place) {
                 // Where its frame pointers are used, nobody asks.
                 Some(rule) => Cached { return_address: ip, rule, frame_pointers: false },

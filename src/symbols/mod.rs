@@ -190,7 +190,7 @@ mod tests {
 
     #[test]
     fn an_address_in_a_file_with_debug_information_has_function_and_line() {
-        let share = Share::map(1, 16, false).unwrap();
+        let share = Share::map(1, 16).unwrap();
         let word = own_frame(&share, landmark as *const () as usize);
         let stack = share.stacks.intern(&[word, CUT]);
         let frames = Symbols::new(&share).stack(stack);
@@ -201,7 +201,7 @@ mod tests {
 
     #[test]
     fn an_unknown_module_is_not_guessed() {
-        let share = Share::map(1, 16, false).unwrap();
+        let share = Share::map(1, 16).unwrap();
         let stack = share.stacks.intern(&[frame(499, 0x10)]);
         assert_eq!(Symbols::new(&share).stack(stack)[0].describe(), "(unknown module)");
     }

@@ -22,7 +22,7 @@ fn deep(levels: u32, f: &mut dyn FnMut()) {
 
 #[test]
 fn the_dwarf_walk_agrees_with_the_backtrace_crate() {
-    let share = Share::map(1, 64, false).unwrap();
+    let share = Share::map(1, 64).unwrap();
     let mut unwinder = unwinder(&share);
     deep(20, &mut || {
         let mut ours = Trace::new();
@@ -47,7 +47,7 @@ fn the_dwarf_walk_agrees_with_the_backtrace_crate() {
 
 #[test]
 fn a_foreign_stack_is_not_read() {
-    let share = Share::map(1, 64, false).unwrap();
+    let share = Share::map(1, 64).unwrap();
     let mut unwinder = unwinder(&share);
     let mut trace = Trace::new();
     for sp in [0, 8, 7, unwinder.top, unwinder.top - 7, u64::MAX - 7, 1 << 47] {
@@ -58,7 +58,7 @@ fn a_foreign_stack_is_not_read() {
 
 #[test]
 fn a_broken_frame_pointer_cuts_the_walk() {
-    let share = Share::map(1, 64, false).unwrap();
+    let share = Share::map(1, 64).unwrap();
     let mut unwinder = unwinder(&share);
     let mut trace = Trace::new();
     with_registers(&mut |regs| {
@@ -121,7 +121,7 @@ fn frame_pointers_and_dwarf_give_the_same_stack() {
         assert_eq!(walks[0].addresses(), walks[1].addresses());
         both.compared = walks[0].frames;
     }
-    let share = Share::map(1, 64, false).unwrap();
+    let share = Share::map(1, 64).unwrap();
     let mut both = Both { share, unwinder: unwinder(&share), compared: 0 };
     // SAFETY: the naked function passes the pointer on to `compare` and touches nothing else.
     unsafe { with_frame_pointer(compare, (&raw mut both).cast(), 10) };
@@ -150,7 +150,7 @@ fn a_remembered_stack_is_recalled_and_no_other() {
     let _alone = LOADS.lock().unwrap_or_else(|e| e.into_inner());
     use crate::ledger::region::Budget;
     use crate::stack::Stacks;
-    let share = Share::map(1, 1024, false).unwrap();
+    let share = Share::map(1, 1024).unwrap();
     let mut unwinder = unwinder(&share);
     let (mut walking, mut remembering) = (Box::new(Stacks::new()), Box::new(Stacks::new()));
     let mut budget = Budget::new(1 << 20);
@@ -228,7 +228,7 @@ fn what_is_loaded_where_a_library_was_unloaded_is_walked_by_its_own_rules() {
             *stack = stacks.capture(unwinder, regs, MAX_FRAMES, true, share, budget).0;
         });
     }
-    let share = Share::map(1, 1024, false).unwrap();
+    let share = Share::map(1, 1024).unwrap();
     let stacks = Box::new(Stacks::new());
     let mut here = Here { unwinder: unwinder(&share), share, stacks, budget: Budget::new(1 << 20), stack: 0 };
     let (mut place, mut same_place) = (0, false);
