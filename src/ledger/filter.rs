@@ -32,10 +32,10 @@ impl Filter {
         *place -= (*place != u8::MAX) as u8;
     }
 
-    /// Whether the place of an address may have a chunk, beside the one there that is `expected`.
-    #[inline(always)]
-    pub fn may_have_more(&self, address: u64, expected: bool) -> bool {
-        self.0[(address >> ALIGNMENT) as usize % PLACES] > expected as u8
+    /// What the hook's entries ask by themselves.
+    #[cfg(test)]
+    pub fn may_have(&self, address: u64) -> bool {
+        self.0[(address >> ALIGNMENT) as usize % PLACES] != 0
     }
 
     pub fn clear(&mut self) {

@@ -10,12 +10,16 @@ use super::table::{Entry, Table, mix};
 
 /// Addresses of a stretch share all bits above this one.
 const STRETCH: u32 = 10;
+/// As large as the smallest chunk with its header.
+const GRAIN: u64 = 16;
 const LATELY: usize = 16;
 
 #[derive(Clone, Copy, Default)]
 struct Stretch {
     /// Plus 1, so that it is never 0.
     number: u64,
+    /// Where in it chunks have had records: a bit for each grain.
+    seen: u64,
     /// Id of its first record; there is one as long as the stretch is known.
     head: u32,
     chain: u32,
@@ -54,6 +58,13 @@ pub struct Index {
 #[inline]
 fn number(address: u64) -> u64 {
     (address >> STRETCH) + 1
+}
+
+/// The grain of an address in its stretch.
+#[inline]
+fn grain(address: u64) -> u64 {
+    const _: () = assert!(1 << STRETCH == 64 * GRAIN);
+    1 << (address / GRAIN % 64)
 }
 
 #[inline]
@@ -109,7 +120,11 @@ impl Index {
         if stretch == 0 {
             return 0;
         }
-        let mut id = self.stretches.get(stretch).head;
+        let Stretch { seen, head, .. } = *self.stretches.get(stretch);
+        if seen & grain(address) == 0 {
+            return 0;
+        }
+        let mut id = head;
         while id != 0 {
             let record = self.records.get(id as usize);
             if record.address == address {
@@ -133,13 +148,14 @@ impl Index {
             id
         };
         if stretch != 0 {
-            let head = &mut self.stretches.get_mut(stretch).head;
-            record.chain = *head;
-            *head = id;
+            let known = self.stretches.get_mut(stretch);
+            record.chain = known.head;
+            known.head = id;
+            known.seen |= grain(record.address);
             self.lately[lately(number(record.address))] = stretch;
         } else {
             record.chain = 0;
-            if !self.insert_stretch(number(record.address), id, budget) {
+            if !self.insert_stretch(record.address, id, budget) {
                 return 0;
             }
         }
@@ -155,8 +171,9 @@ impl Index {
 
     /// A stretch with its first record. False when the budget is exhausted.
     #[inline(never)]
-    fn insert_stretch(&mut self, number: u64, head: u32, budget: &mut Budget) -> bool {
-        let stretch = self.stretches.insert(Stretch { number, head, chain: 0 }, budget);
+    fn insert_stretch(&mut self, address: u64, head: u32, budget: &mut Budget) -> bool {
+        let number = number(address);
+        let stretch = self.stretches.insert(Stretch { number, seen: grain(address), head, chain: 0 }, budget);
         self.lately[lately(number)] = stretch;
         stretch != 0
     }

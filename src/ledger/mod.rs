@@ -275,13 +275,11 @@ impl Ledger {
     fn enter(&mut self, address: u64, chunk: &Chunk, expected: bool, stamp: Stamp, sites: &impl Sites) {
         // Looked for once: a stretch that is not known yet costs two lines of memory that nothing else needs.
         let mut stretch = self.records.stretch(address);
-        if self.filter.may_have_more(address, expected) {
-            let old = self.records.find_in(stretch, address);
-            if old != 0 {
-                self.end(old, sites);
-                self.ended += 1;
-                stretch = self.records.stretch(address);
-            }
+        let old = self.records.find_in(stretch, address);
+        if old != 0 {
+            self.end(old, sites);
+            self.ended += 1;
+            stretch = self.records.stretch(address);
         }
         let inserted = self.insert(address, chunk, stretch) || self.insert_at_last(address, chunk, sites);
         let Chunk { size, level, .. } = *chunk;
