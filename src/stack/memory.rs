@@ -52,7 +52,7 @@ pub struct Memory {
     entries: [Remembered; ENTRIES],
     /// Tells which of four is given away next, and when one moves up.
     turn: usize,
-    /// The stack that was met last by the two ways that exact recording takes: where it lies among the entries, in bytes.
+    /// The stack that was met last: where it lies among the entries, in bytes.
     last: usize,
     /// Return addresses at and above this place stay what they are for as long as the process lives; 0: unknown.
     anchor: u64,
@@ -109,16 +109,22 @@ impl Memory {
         let place = Self::place(sp, key);
         // SAFETY: as in `recall_next`; `place` is below the number of entries.
         unsafe {
-            let entries = self.entries.as_mut_ptr();
-            let entry = &*entries.add(place);
+            let entry = self.entries.get_unchecked(place);
             if entry.sp != sp || !entry.still_there::<GATHER>(sp) {
                 return None;
             }
-            let there = place * size_of::<Remembered>();
-            (*entries.byte_add(self.last)).next = there;
-            self.last = there;
-            Some(&*entries.add(place))
         }
+        self.meet(place);
+        Some(&self.entries[place])
+    }
+
+    /// From now on this stack is what follows the last one, and is the last one.
+    #[inline(always)]
+    fn meet(&mut self, at: usize) {
+        let there = at * size_of::<Remembered>();
+        // SAFETY: `last` is that of an entry.
+        unsafe { (*self.entries.as_mut_ptr().byte_add(self.last)).next = there };
+        self.last = there;
     }
 
     /// The stack from this stack pointer on, if it was met before with the same `key`.
@@ -129,11 +135,13 @@ impl Memory {
             .map(|way| place ^ way)
             .find(|&i| self.entries[i].sp == sp && unsafe { self.entries[i].still_there::<false>(sp) })?;
         self.turn = self.turn.wrapping_add(1);
-        if at != place && self.turn.is_multiple_of(PATIENCE) {
+        let moves = at != place && self.turn.is_multiple_of(PATIENCE);
+        if moves {
             self.entries.swap(at, place);
-            return Some(&mut self.entries[place]);
         }
-        Some(&mut self.entries[at])
+        let now = if moves { place } else { at };
+        self.meet(now);
+        Some(&mut self.entries[now])
     }
 
     /// Remembers a walked stack under its id, unless it is too long.
