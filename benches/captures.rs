@@ -90,11 +90,11 @@ impl Rheap {
                 if let Some(known) = self.stacks.recall_next::<true>(regs.sp) {
                     return known.stack;
                 }
-                if let Some(known) = self.stacks.recall_first::<true>(regs.sp) {
+                if let Some(known) = self.stacks.recall::<true>(regs.sp) {
                     return known.stack;
                 }
             }
-            match self.stacks.recall(regs.sp) {
+            match self.stacks.recall::<false>(regs.sp) {
                 Some(known) => known.stack,
                 None => self.stacks.capture(&mut self.unwinder, regs, FRAMES, true, &self.share, &mut self.budget).0,
             }

@@ -30,7 +30,7 @@ impl Process {
         if let Decision::Record(level) = decision
             && pending
             // SAFETY: the registers are those of the call that was hooked.
-            && let Some(home) = unsafe { self.stacks.recall(regs.sp) }.map(|known| known.home)
+            && let Some(home) = unsafe { self.stacks.recall::<false>(regs.sp) }.map(|known| known.home)
             && self.is_home(home, context)
         {
             let stamp = Stamp { epoch: self.epoch, now: self.now, query_id: pg_compat::query_id() };
@@ -67,7 +67,7 @@ impl Process {
         let path = if id == 0 { 0 } else { self.ledger.context_path(id) };
         // SAFETY: the registers are those of the call that was hooked.
         let (stack, home) = unsafe {
-            match self.stacks.recall(regs.sp) {
+            match self.stacks.recall::<false>(regs.sp) {
                 Some(known) => (known.stack, Some(&mut known.home)),
                 // What a process allocates before its second message hardly recurs.
                 None => self.stacks.capture(
@@ -272,7 +272,7 @@ unsafe extern "C-unwind" fn allocated_elsewhere<const GATHER: bool>(
     // SAFETY: the caller's promise.
     unsafe {
         let process = current();
-        match process.stacks.recall_first::<GATHER>(regs.sp).map(|known| known.home) {
+        match process.stacks.recall::<GATHER>(regs.sp).map(|known| known.home) {
             Some(home) if process.is_home(home, context) => hold_at(home, chunk, size),
             _ => allocated_otherwise(context, chunk, size, regs),
         }

@@ -16,8 +16,6 @@ use crate::ledger::Holder;
 const LONGEST: usize = 48;
 const ENTRIES: usize = 512;
 const WAYS: usize = 4;
-/// Every so many times a stack that is not found in its first place moves there.
-const PATIENCE: usize = 16;
 /// Places are compared in groups of this many.
 const GROUP: usize = 8;
 /// All of them, and the innermost.
@@ -50,7 +48,7 @@ pub struct Remembered {
 #[repr(C)]
 pub struct Memory {
     entries: [Remembered; ENTRIES],
-    /// Tells which of four is given away next, and when one moves up.
+    /// Tells which of four is given away next.
     turn: usize,
     /// The stack that was met last: where it lies among the entries, in bytes.
     last: usize,
@@ -100,22 +98,22 @@ impl Memory {
         }
     }
 
-    /// The same if it is in the first of its places. From now on it is what follows the last one.
+    /// The same if it was met before with the same `key`, at any time lately. From now on it is what follows the last one.
     ///
     /// # Safety
     /// As for `recall_next`.
     #[inline(always)]
-    pub unsafe fn recall_first<const GATHER: bool>(&mut self, sp: u64, key: u64) -> Option<&Remembered> {
+    pub unsafe fn recall<const GATHER: bool>(&mut self, sp: u64, key: u64) -> Option<&mut Remembered> {
         let place = Self::place(sp, key);
-        // SAFETY: as in `recall_next`; `place` is below the number of entries.
-        unsafe {
-            let entry = self.entries.get_unchecked(place);
-            if entry.sp != sp || !entry.still_there::<GATHER>(sp) {
-                return None;
+        for at in (0..WAYS).map(|way| place ^ way) {
+            let entry = &self.entries[at % ENTRIES];
+            // SAFETY: as in `recall_next`.
+            if entry.sp == sp && unsafe { entry.still_there::<GATHER>(sp) } {
+                self.meet(at);
+                return Some(&mut self.entries[at % ENTRIES]);
             }
         }
-        self.meet(place);
-        Some(&self.entries[place])
+        None
     }
 
     /// From now on this stack is what follows the last one, and is the last one.
@@ -125,23 +123,6 @@ impl Memory {
         // SAFETY: `last` is that of an entry.
         unsafe { (*self.entries.as_mut_ptr().byte_add(self.last)).next = there };
         self.last = there;
-    }
-
-    /// The stack from this stack pointer on, if it was met before with the same `key`.
-    pub fn recall(&mut self, sp: u64, key: u64) -> Option<&mut Remembered> {
-        let place = Self::place(sp, key);
-        // SAFETY: as in `recall_first`.
-        let at = (0..WAYS)
-            .map(|way| place ^ way)
-            .find(|&i| self.entries[i].sp == sp && unsafe { self.entries[i].still_there::<false>(sp) })?;
-        self.turn = self.turn.wrapping_add(1);
-        let moves = at != place && self.turn.is_multiple_of(PATIENCE);
-        if moves {
-            self.entries.swap(at, place);
-        }
-        let now = if moves { place } else { at };
-        self.meet(now);
-        Some(&mut self.entries[now])
     }
 
     /// Remembers a walked stack under its id, unless it is too long.

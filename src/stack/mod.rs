@@ -65,34 +65,24 @@ impl Stacks {
     /// The stack from this stack pointer on, if it is one of those met lately.
     ///
     /// # Safety
-    /// `sp` is that of a call in progress on this process's stack.
-    pub unsafe fn recall(&mut self, sp: u64) -> Option<&mut Remembered> {
+    /// `sp` is that of a call in progress on this process's stack. With `GATHER` the processor gathers.
+    #[inline]
+    pub unsafe fn recall<const GATHER: bool>(&mut self, sp: u64) -> Option<&mut Remembered> {
         // SAFETY: the caller's promise.
-        let key = unsafe { self.callers.key(sp) };
-        self.memory.recall(sp, key)
+        unsafe {
+            let key = self.callers.key(sp);
+            self.memory.recall::<GATHER>(sp, key)
+        }
     }
 
     /// The same where it is most likely found: after the last one.
     ///
     /// # Safety
-    /// As for `recall`. With `GATHER` the processor gathers.
+    /// As for `recall`.
     #[inline(always)]
     pub unsafe fn recall_next<const GATHER: bool>(&mut self, sp: u64) -> Option<&Remembered> {
         // SAFETY: the caller's promise.
         unsafe { self.memory.recall_next::<GATHER>(sp) }
-    }
-
-    /// The same where it is found otherwise, as a rule.
-    ///
-    /// # Safety
-    /// As for `recall_next`.
-    #[inline(always)]
-    pub unsafe fn recall_first<const GATHER: bool>(&mut self, sp: u64) -> Option<&Remembered> {
-        // SAFETY: the caller's promise.
-        unsafe {
-            let key = self.callers.key(sp);
-            self.memory.recall_first::<GATHER>(sp, key)
-        }
     }
 
     /// Whether this processor gathers, as `recall_next` may be told. Allocates.
