@@ -173,7 +173,7 @@ def readers(pg_config, backends=100, sites=2000):
         share = sites // backends
         for i in range(backends):
             session = cluster.session()
-            for _ in range(5):
+            for _ in range(20):
                 session(f"SELECT leaky_sites({i * share}, {share}, 100)")
         cold, warm = [], []
         for _ in range(3):

@@ -64,7 +64,24 @@ impl Pending {
         (address >> 4) as usize % PLACES
     }
 
-    /// Takes a chunk in if that displaces none.
+    /// Where a chunk goes that finds its place taken.
+    #[inline(always)]
+    fn other(place: usize) -> usize {
+        place ^ (PLACES / 2)
+    }
+
+    /// Where the chunk at an address is.
+    #[inline(always)]
+    fn find(&self, address: u64) -> Option<usize> {
+        let place = Self::place(address);
+        if self.addresses[place] == address {
+            return Some(place);
+        }
+        let other = Self::other(place);
+        (self.addresses[other] == address).then_some(other)
+    }
+
+    /// Takes a chunk in if its place is free.
     #[inline(always)]
     pub fn put_free(&mut self, address: u64, chunk: Chunk) -> bool {
         let place = Self::place(address);
@@ -78,7 +95,11 @@ impl Pending {
     /// Takes a chunk in, and returns the one that it displaces, with its address.
     #[inline]
     pub fn put(&mut self, address: u64, chunk: Chunk) -> Option<(u64, Chunk)> {
-        let place = Self::place(address);
+        let place = self.find(address).unwrap_or_else(|| {
+            let place = Self::place(address);
+            let other = Self::other(place);
+            if self.addresses[place] != 0 && self.addresses[other] == 0 { other } else { place }
+        });
         let old = self.addresses[place];
         let displaced = if old != 0 { Some((old, self.chunks[place])) } else { None };
         self.taken += (old != 0) as u64;
@@ -96,16 +117,13 @@ impl Pending {
 
     #[inline(always)]
     pub fn has(&self, address: u64) -> bool {
-        self.addresses[Self::place(address)] == address
+        self.find(address).is_some()
     }
 
     /// Gives the chunk at an address out, if it is here.
     #[inline(always)]
     pub fn take(&mut self, address: u64) -> Option<&Chunk> {
-        let place = Self::place(address);
-        if self.addresses[place] != address {
-            return None;
-        }
+        let place = self.find(address)?;
         self.addresses[place] = 0;
         self.taken += 1;
         Some(&self.chunks[place])
