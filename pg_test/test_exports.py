@@ -231,13 +231,13 @@ def test_the_text_marks_what_was_inlined(exact):
     text = exact.sql(f"SELECT rheap_report({session.pid})")
     report = json.loads(exact.sql(f"SELECT rheap_report_json({session.pid})"))
     session.close()
-    # The module has debug information on every server here: of its two functions one is inlined into the other.
-    assert re.search(r"^ +site_step at \S*leaky\.c:\d+\s+\[inlined\]$", text, re.M), text
-    assert re.search(r"^ +site_(odd|even) at \S*leaky\.c:\d+$", text, re.M), text
+    # The module has debug information on every server here: of its functions some are inlined into others.
+    assert re.search(r"^ +site_step_\d+ at \S*leaky\.c:\d+\s+\[inlined\]$", text, re.M), text
+    assert re.search(r"^ +site_(odd|even)_\d+ at \S*leaky\.c:\d+$", text, re.M), text
     # All of them are marked in the report for programs too, the server's own on 17 among them.
     marked = set(re.findall(r"^ +(\w+) at \S+\s+\[inlined\]$", text, re.M))
     assert marked <= {f["function"] for f in report["frames"] if f["inlined"]}
-    assert not marked & {"site_odd", "site_even", "leaky_sites", "main"}
+    assert not {name for name in marked if re.match("site_(odd|even)_|leaky_sites$|main$", name)}
 
 
 def test_json_is_as_its_schema_says_and_as_the_views_say(exact, frozen, totals):

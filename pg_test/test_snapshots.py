@@ -174,7 +174,8 @@ def test_a_session_of_prepared_statements_follows(exact, tmp_path):
     )
     try:
         # pgbench looks around in a session of its own first.
-        pid = eventually(lambda: exact.sql("SELECT pid FROM pg_stat_activity WHERE query LIKE 'SELECT leaky_leak(1%'"))
+        works = "application_name = 'pgbench' AND query LIKE 'SELECT leaky_leak(1%'"
+        pid = eventually(lambda: exact.sql(f"SELECT pid FROM pg_stat_activity WHERE {works}"))
         there = Process(int(pid))
         counted = lambda: int(live(exact, there))
         eventually(lambda: counted() > 100)

@@ -127,34 +127,46 @@ leaky_query(PG_FUNCTION_ARGS)
  */
 static MemoryContext sites = NULL;
 
-static void pg_noinline site_even(int bits, int depth, int size);
-static void pg_noinline site_odd(int bits, int depth, int size);
-
 static inline void
-site_step(int bits, int depth, int size)
+site_leaf(int bits, int size)
 {
-	if (depth == 0)
-		*(volatile char *) MemoryContextAlloc(sites, size) = 42;
-	else if (bits & 1)
-		site_odd(bits >> 1, depth - 1, size);
-	else
-		site_even(bits >> 1, depth - 1, size);
+	*(volatile char *) MemoryContextAlloc(sites, size) = 42;
 }
 
-static void pg_noinline
-site_even(int bits, int depth, int size)
-{
-	site_step(bits, depth, size);
-	/* no tail call: each step has a frame */
-	pg_compiler_barrier();
-}
-
-static void pg_noinline
-site_odd(int bits, int depth, int size)
-{
-	site_step(bits, depth, size);
-	pg_compiler_barrier();
-}
+/*
+ * Two functions for each bit, since paths that differ in recursion only are one call site. The barriers see to it that
+ * there is no tail call: each function has a frame.
+ */
+#define LEVEL(n, below) \
+	static pg_noinline void site_even_##n(int bits, int size) \
+	{ \
+		below(bits >> 1, size); \
+		pg_compiler_barrier(); \
+	} \
+	static pg_noinline void site_odd_##n(int bits, int size) \
+	{ \
+		below(bits >> 1, size); \
+		pg_compiler_barrier(); \
+	} \
+	static inline void site_step_##n(int bits, int size) \
+	{ \
+		if (bits & 1) \
+			site_odd_##n(bits, size); \
+		else \
+			site_even_##n(bits, size); \
+	}
+LEVEL(1, site_leaf)
+LEVEL(2, site_step_1)
+LEVEL(3, site_step_2)
+LEVEL(4, site_step_3)
+LEVEL(5, site_step_4)
+LEVEL(6, site_step_5)
+LEVEL(7, site_step_6)
+LEVEL(8, site_step_7)
+LEVEL(9, site_step_8)
+LEVEL(10, site_step_9)
+LEVEL(11, site_step_10)
+LEVEL(12, site_step_11)
 
 PG_FUNCTION_INFO_V1(leaky_sites);
 Datum
@@ -163,7 +175,7 @@ leaky_sites(PG_FUNCTION_ARGS)
 	if (sites == NULL)
 		sites = AllocSetContextCreate(TopMemoryContext, "leaky sites", ALLOCSET_DEFAULT_SIZES);
 	for (int i = 0; i < PG_GETARG_INT32(1); i++)
-		site_step(PG_GETARG_INT32(0) + i, 12, PG_GETARG_INT32(2));
+		site_step_12(PG_GETARG_INT32(0) + i, PG_GETARG_INT32(2));
 	PG_RETURN_VOID();
 }
 
