@@ -21,7 +21,7 @@ def main(pg15, pg17, leaks, *wanted):
         "protocol17": lambda: instructions.client_rows(pg17, 17),
         "captures": captures.rows,
         "leaked": lambda: servers.leaked_pallocs(leaks),
-        "storm": lambda: servers.connection_storm(pg15),
+        "storm": lambda: [*servers.connection_storm(pg15, 15), *servers.connection_storm(pg17, 17)],
         "memory": lambda: servers.memory(leaks),
         "readers": lambda: servers.readers(pg17),
         "clients": lambda: servers.pgbench_select(pg15),

@@ -109,7 +109,7 @@ def under_uprobe(cluster, part=LEAK.replace("10000000", "1000000")):
             probe.kill()
 
 
-def connection_storm(pg_config, rounds=10, connections=500):
+def connection_storm(pg_config, major, rounds=10, connections=500):
     """5,000 connections each way, one after another, in alternating runs."""
 
     def once(cluster):
@@ -122,7 +122,7 @@ def connection_storm(pg_config, rounds=10, connections=500):
             cluster.pgbench("-i", "-q")
         measured = alternating({"without": plain, "sampled": sampled}, once, rounds)
         yield (
-            f"{rounds * connections:,} connections, {connections / measured['without'][0]:.0f} per second without rheap",
+            f"{major}: {rounds * connections:,} connections, {connections / measured['without'][0]:.0f} per second without rheap",
             f"{(measured['sampled'][1] - 1) * 100:+.1f} %",
             "+2 %",
         )

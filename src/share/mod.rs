@@ -1,4 +1,5 @@
-//! The mapping that all processes of a cluster see: a slot per process, tables of accounts, three dictionaries.
+//! The mapping that all processes of a cluster see: a slot per process, tables of accounts, three dictionaries, and the
+//! executable's unwind rules.
 //!
 //! It is rheap's own, made before the first fork, and not the server's shared memory: the postmaster may not depend
 //! on what a crashing backend can corrupt, and the server empties its own just when the evidence is needed.
