@@ -81,7 +81,8 @@ impl Pending {
         (self.addresses[other] == address).then_some(other)
     }
 
-    /// Takes a chunk in if its place is free.
+    /// Takes a chunk in if its place is free. One whose free was missed may then be in the other place of its address:
+    /// it ends when it gets a record, or the next time that the address does.
     #[inline(always)]
     pub fn put_free(&mut self, address: u64, chunk: Chunk) -> bool {
         let place = Self::place(address);

@@ -52,7 +52,7 @@ fn is_cache(share: &Share, site: &Site) -> bool {
 pub fn bury_dead() {
     // SAFETY: only copied.
     if let Some(share) = unsafe { current() }.share
-        && share.is_clusters()
+        && share.is_cluster_wide()
     {
         share.bury_dead(precisely_now());
     }
@@ -64,7 +64,7 @@ pub fn bury_dead() {
 pub fn postmaster_logs(message: &[u8]) {
     bury_dead();
     // SAFETY: only copied.
-    let share = unsafe { current() }.share.filter(|share| share.is_clusters());
+    let share = unsafe { current() }.share.filter(|share| share.is_cluster_wide());
     if message == b"terminating any other active server processes"
         && let Some(share) = share
     {
@@ -95,7 +95,7 @@ unsafe extern "C-unwind" fn starts() {
         }
         let process = current();
         if pg_sys::PostmasterPid == libc::getpid()
-            && let Some(share) = process.share.filter(|share| share.is_clusters())
+            && let Some(share) = process.share.filter(|share| share.is_cluster_wide())
         {
             bury_dead();
             share.release_dead(process.own_slot.map(|_| process.slot));

@@ -107,7 +107,7 @@ impl Cutter {
 
 impl Share {
     /// Whether the whole cluster shares it, or this session has it for itself.
-    pub fn is_clusters(&self) -> bool {
+    pub fn is_cluster_wide(&self) -> bool {
         self.slots.len() > 1
     }
 

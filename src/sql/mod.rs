@@ -63,7 +63,7 @@ fn slots(function: &str, pid: Option<i32>) -> (Share, Vec<(u32, i32, &'static Sl
     crate::process::settle();
     // SAFETY: a plain system call.
     let own = unsafe { libc::getpid() };
-    if !share.is_clusters() && pid != Some(own) {
+    if !share.is_cluster_wide() && pid != Some(own) {
         refuse_session(function, &format!("{ASK_PRELOAD} For this session alone, write {function}(pg_backend_pid())."));
     }
     let mut live: Vec<_> = share.live_slots().collect();
@@ -92,7 +92,7 @@ fn refuse_session(function: &str, hint: &str) -> ! {
 }
 
 fn require_cluster(share: &Share, function: &str) {
-    if !share.is_clusters() {
+    if !share.is_cluster_wide() {
         refuse_session(function, ASK_PRELOAD);
     }
 }

@@ -105,7 +105,7 @@ impl Unwinder {
     /// Whether to use frame pointers at all, where modules keep them.
     pub fn trust_frame_pointers(&mut self, trust: bool, names: &Dictionary) {
         self.modules.dwarf_only = !trust;
-        self.rules.iter_mut().for_each(|r| r.return_address = 0);
+        self.forget_rules();
         self.fast = (0, 0);
         if let Some(main) = self.modules.find(self.main.0, names)
             && main.frame_pointers
@@ -196,8 +196,13 @@ impl Unwinder {
     pub fn refresh(&mut self, names: &Dictionary) {
         self.modules.refresh(names);
         if self.modules.unloaded {
-            self.rules.iter_mut().for_each(|r| r.return_address = 0);
+            self.forget_rules();
         }
+    }
+
+    /// Those of the executable hold for ever. Memory that holds no rule is not touched, so that a child need not copy it.
+    fn forget_rules(&mut self) {
+        self.rules.iter_mut().filter(|r| r.return_address != 0).for_each(|r| r.return_address = 0);
     }
 
     #[inline]
