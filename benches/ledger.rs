@@ -18,7 +18,7 @@ const STAMP: Stamp = Stamp { epoch: 1, now: 1, query_id: 0 };
 const BASE: u64 = 0x7f00_0000_0000;
 
 fn alloc(ledger: &mut Ledger, sites: &Accounts, address: u64) {
-    if let Decision::Record(level) = ledger.ask(1, 120, 1, sites) {
+    if let Decision::Record(level) = ledger.ask(1, 120, sites) {
         ledger.hold(address, 120, Holder::new(1, 1), 1, level, STAMP, sites);
     }
 }

@@ -208,9 +208,11 @@ pub fn transaction() -> Transaction {
         fn IsTransactionOrTransactionBlock() -> bool;
         fn IsTransactionBlock() -> bool;
     }
-    // SAFETY: both read a variable of the server.
+    // SAFETY: plain reads of the server's variables.
     unsafe {
         match () {
+            // The commonest case, without a call.
+            _ if pg_sys::TopTransactionContext.is_null() => Transaction::None,
             _ if !IsTransactionOrTransactionBlock() => Transaction::None,
             _ if !IsTransactionBlock() => Transaction::Implicit,
             _ => Transaction::Block,

@@ -102,7 +102,7 @@ impl Ledger {
         self.context_changes = self.context_changes.wrapping_add(1);
         self.held = 0;
         self.dropped = 0;
-        (self.settled, self.ended) = (0, 0);
+        self.balance = 0;
         if self.precision != Precision::Exact || self.level != 0 {
             self.set_precision(self.precision);
         }

@@ -2,8 +2,9 @@
 //!
 //! Callers share cells by a hash of their return addresses. A cell is exact while it is cheap: for its first
 //! allocations, and for as long as it allocates no more often than the process has work; all of that within a budget
-//! for the process, which grows with its work. Then it is sampled, and sparsely once all that it ever allocated was freed at once: nobody looks for a leak in the lock that each
-//! statement takes and releases. The first chunk that such a cell keeps ends that.
+//! for the process, which grows with its work. Then it is sampled, and sparsely once all that it allocates is freed at
+//! once: nobody looks for a leak in the lock that each statement takes and releases. The first chunk that such a cell
+//! keeps ends that for long; not for ever, since the cell may be shared with a cache that was filled and is full.
 //!
 //! The rate changes only at moments that do not depend on the allocation at hand, so estimates stay unbiased.
 
@@ -19,6 +20,9 @@ const GRANT: u32 = 16;
 const SAVINGS: u32 = 512;
 /// Recorded allocations between two judgements.
 const WINDOW: u32 = 64;
+/// Recorded allocations after the last one that was kept, until a cell may be sampled sparsely again. A leak of one
+/// allocation in a thousand is likely met again before.
+const QUIET: u32 = 1024;
 /// What comes and goes is sampled this many powers of two more sparsely.
 pub const SETTLED: u32 = 4;
 
@@ -26,10 +30,12 @@ pub const SETTLED: u32 = 4;
 struct Cell {
     /// Recorded since the cell was made.
     recorded: u32,
-    /// Of those, freed before their statement ended.
+    /// `recorded` when a window began.
+    since: u32,
+    /// Of this window, freed before their statement ended.
     paired: u32,
-    /// Still held when their statement ended.
-    kept: u32,
+    /// `recorded` must come here before the cell is sparse: something was still held when its statement ended.
+    quiet_at: u32,
     /// The process's epoch at the last judgement.
     epoch: u32,
     /// Index of the rate by which the gap at hand was drawn; 0: exact.
@@ -37,20 +43,28 @@ struct Cell {
 }
 
 impl Cell {
-    /// Nothing of it was ever kept, and nearly all is known to have been freed at once.
-    fn settles(&self) -> bool {
-        self.kept == 0 && self.paired >= self.recorded - self.recorded / 16
+    /// Something was kept lately.
+    fn keeps(&self) -> bool {
+        self.recorded < self.quiet_at
+    }
+
+    /// Ends a window: nothing was kept lately, and nearly all of the window is known to have been freed at once.
+    fn settles(&mut self) -> bool {
+        let recorded = self.recorded - std::mem::replace(&mut self.since, self.recorded);
+        let paired = std::mem::take(&mut self.paired);
+        !self.keeps() && paired >= recorded - recorded / 16
     }
 }
 
-const NEW: Cell = Cell { recorded: 0, paired: 0, kept: 0, epoch: 0, level: 0 };
+const NEW: Cell = Cell { recorded: 0, since: 0, paired: 0, quiet_at: 0, epoch: 0, level: 0 };
 
 #[repr(C)]
 pub struct Cells {
     /// Cells have been asked something.
     asked: bool,
-    /// Exact records that may still be made.
+    /// Exact records that may still be made, for the work up to an epoch of the process.
     budget: u32,
+    granted: u32,
     /// The level of all cells while the process starts; 0 afterwards.
     starting: u8,
     /// The mode's own rate.
@@ -65,7 +79,16 @@ pub struct Cells {
 
 impl Cells {
     pub const fn new() -> Self {
-        Cells { gaps: [0; CELLS], cells: [NEW; CELLS], asked: false, budget: 0, starting: 0, rate: 0, floor: 0 }
+        Cells {
+            gaps: [0; CELLS],
+            cells: [NEW; CELLS],
+            asked: false,
+            budget: 0,
+            granted: 0,
+            starting: 0,
+            rate: 0,
+            floor: 0,
+        }
     }
 
     /// Every allocation is asked for.
@@ -74,7 +97,9 @@ impl Cells {
         if std::mem::replace(&mut self.asked, false) {
             self.cells.fill(NEW);
         }
-        (self.rate, self.floor, self.starting, self.budget) = (0, 0, 0, BUDGET);
+        (self.rate, self.floor, self.starting) = (0, 0, 0);
+        // Work done until now counts for nothing.
+        (self.budget, self.granted) = (BUDGET, u32::MAX);
     }
 
     /// No allocation is asked for.
@@ -132,10 +157,11 @@ impl Cells {
         self.starting != 0 || self.cells[cell as usize % CELLS].level != 0
     }
 
-    /// The process has done a unit of work.
+    /// Grants what the work since the last time is worth.
     #[inline]
-    pub fn grant(&mut self) {
-        self.budget = (self.budget + GRANT).min(SAVINGS);
+    fn grant(&mut self, epoch: u32) {
+        let work = epoch.saturating_sub(std::mem::replace(&mut self.granted, epoch));
+        self.budget = work.saturating_mul(GRANT).saturating_add(self.budget).min(SAVINGS);
     }
 
     /// An allocation whose cell's gap is used up: returns the level to record it with, or None to let it pass; and
@@ -148,6 +174,7 @@ impl Cells {
             return (Some(self.starting), false);
         }
         self.asked = true;
+        self.grant(epoch);
         let c = &mut self.cells[index];
         let level = c.level;
         if level == 0 && self.budget == 0 {
@@ -176,15 +203,16 @@ impl Cells {
         if c.level != 0 {
             let rate = rates.rate(c.level);
             return match () {
-                _ if c.kept > 0 && rate > self.rate => self.rate.max(self.floor),
-                _ if rate == self.rate && c.recorded >= WINDOW && c.settles() => rate << SETTLED,
+                _ if c.keeps() && rate > self.rate => self.rate.max(self.floor),
+                _ if rate == self.rate && c.recorded - c.since >= WINDOW && c.settles() => rate << SETTLED,
                 _ => rate,
             };
         }
         let epochs = epoch.saturating_sub(std::mem::replace(&mut c.epoch, epoch));
+        let settles = c.settles();
         let own = if c.recorded < FIRST {
             0
-        } else if c.settles() {
+        } else if settles {
             self.rate << SETTLED
         } else if epochs >= WINDOW {
             0
@@ -206,7 +234,8 @@ impl Cells {
     #[inline]
     pub fn kept(&mut self, cell: u16) {
         if self.asked {
-            self.cells[cell as usize % CELLS].kept += 1;
+            let c = &mut self.cells[cell as usize % CELLS];
+            c.quiet_at = c.recorded.saturating_add(QUIET);
         }
     }
 }
@@ -221,13 +250,14 @@ mod tests {
         cells: Cells,
         rates: Rates,
         rng: Rng,
+        epoch: u32,
     }
 
     impl Bench {
         fn new() -> Box<Self> {
-            let mut bench = Box::new(Bench { cells: Cells::new(), rates: Rates::new(), rng: Rng::new(7) });
+            let mut bench = Box::new(Bench { cells: Cells::new(), rates: Rates::new(), rng: Rng::new(7), epoch: 100 });
             bench.cells.sampled(RATE);
-            bench.cells.budget = u32::MAX / 2;
+            bench.cells.budget = SAVINGS;
             bench
         }
 
@@ -239,6 +269,19 @@ mod tests {
             }
             let (level, _) = self.cells.ask(5, size as u64, epoch, &mut self.rates, &mut self.rng);
             level.map(|level| self.rates.rate(level))
+        }
+
+        /// Allocates and frees so often, once for each unit of work; the rates of the records.
+        fn pairs(&mut self, times: u32) -> Vec<Rate> {
+            let mut rates = Vec::new();
+            for _ in 0..times {
+                self.epoch += 1;
+                if let Some(rate) = self.alloc(100, self.epoch) {
+                    self.cells.paired(5);
+                    rates.push(rate);
+                }
+            }
+            rates
         }
     }
 
@@ -269,22 +312,39 @@ mod tests {
     #[test]
     fn what_comes_and_goes_is_sampled_sparsely_until_something_stays() {
         let mut bench = Bench::new();
-        for epoch in 0..2000 {
-            if bench.alloc(100, epoch).is_some() {
-                bench.cells.paired(5);
-            }
+        // A start of which not all is seen to go.
+        for epoch in 0..40 {
+            let _ = bench.alloc(100, epoch);
         }
-        let rates: Vec<Rate> = (0..20_000).filter_map(|e| bench.alloc(100, 2000 + e)).collect();
+        bench.pairs(4000);
+        let rates = bench.pairs(20_000);
         assert!(!rates.is_empty() && rates.iter().all(|&r| r == RATE << SETTLED), "{rates:?}");
         bench.cells.kept(5);
-        let rates: Vec<Rate> = (0..20_000).filter_map(|e| bench.alloc(100, 22_000 + e)).collect();
-        assert!(rates[1..].iter().all(|&r| r == RATE), "{rates:?}");
+        let rates = bench.pairs(100_000);
+        let dense = rates.iter().filter(|&&r| r == RATE).count();
+        // The gap at hand was drawn before, and windows are whole.
+        assert!((QUIET..QUIET + WINDOW).contains(&(dense as u32)), "{dense}");
+        assert!(rates[dense + 1..].iter().all(|&r| r == RATE << SETTLED), "{rates:?}");
+    }
+
+    #[test]
+    fn a_leak_of_one_in_a_hundred_is_followed_densely_for_as_long_as_it_leaks() {
+        let mut bench = Bench::new();
+        bench.pairs(4000);
+        bench.cells.kept(5);
+        let mut sparse = 0;
+        for i in 0..200_000 {
+            let Some(rate) = bench.alloc(100, 10_000 + i) else { continue };
+            sparse += (rate > RATE) as u32;
+            if i % 100 == 0 { bench.cells.kept(5) } else { bench.cells.paired(5) }
+        }
+        assert_eq!(sparse, 1, "the one whose gap was drawn before");
     }
 
     #[test]
     fn nothing_is_followed_more_densely_than_the_memory_allows() {
         let mut bench = Bench::new();
-        let Bench { cells, rates, rng } = &mut *bench;
+        let Bench { cells, rates, rng, .. } = &mut *bench;
         cells.raise_floor(1 << 20, rates, rng);
         assert!((0..100_000).filter_map(|_| bench.alloc(100, 1)).all(|r| r == 1 << 20));
     }

@@ -52,7 +52,7 @@ impl Ledger {
         }
         while self.contexts.get(context).head != 0 {
             self.end(self.contexts.get(context).head, sites);
-            self.ended += 1;
+            self.balance = self.balance.wrapping_add(1);
             ended += 1;
         }
         ended

@@ -78,10 +78,8 @@ pub struct Ledger {
     dropped: u64,
     /// Bytes that all accounts together hold, in the fixed point of the accounts.
     held: u64,
-    /// Pending chunks that were given a record.
-    settled: u64,
-    /// Records whose chunk was freed.
-    ended: u64,
+    /// Records whose chunk was freed, less the pending chunks that were given one.
+    balance: u64,
     last_context: u32,
     /// The process's count of work.
     pub epoch: u32,
@@ -126,8 +124,7 @@ impl Ledger {
             gap: 0,
             dropped: 0,
             held: 0,
-            settled: 0,
-            ended: 0,
+            balance: 0,
             last_context: 0,
             epoch: 0,
             context_changes: 0,
@@ -149,7 +146,7 @@ impl Ledger {
 
     /// Followed chunks that were freed so far.
     pub fn frees(&self) -> u64 {
-        self.pending.taken - self.settled + self.ended
+        self.pending.taken.wrapping_add(self.balance)
     }
 
     /// Bytes alive, as estimated from the records.
@@ -198,7 +195,7 @@ impl Ledger {
 
     /// What to do with an allocation that has used up its cell's gap. To be asked once for each.
     #[inline]
-    pub fn ask(&mut self, cell: u16, size: u64, epoch: u32, sites: &impl Sites) -> Decision {
+    pub fn ask(&mut self, cell: u16, size: u64, sites: &impl Sites) -> Decision {
         if self.precision == Precision::Exact {
             if self.level == 0 {
                 return Decision::Record(0);
@@ -213,7 +210,7 @@ impl Ledger {
         if let Precision::None { .. } = self.precision {
             return Decision::Skip;
         }
-        let (level, turned) = self.cells.ask(cell, size, epoch, &mut self.rates, &mut self.rng);
+        let (level, turned) = self.cells.ask(cell, size, self.epoch, &mut self.rates, &mut self.rng);
         if turned {
             self.each_site_of(|key| key.cell == cell, |site| sites.site(site).set_inexact());
         }
@@ -278,7 +275,7 @@ impl Ledger {
         let old = self.records.find_in(stretch, address);
         if old != 0 {
             self.end(old, sites);
-            self.ended += 1;
+            self.balance = self.balance.wrapping_add(1);
             stretch = self.records.stretch(address);
         }
         let inserted = self.insert(address, chunk, stretch) || self.insert_at_last(address, chunk, sites);
@@ -409,7 +406,7 @@ impl Ledger {
             return false;
         }
         self.end(id, sites);
-        self.ended += 1;
+        self.balance = self.balance.wrapping_add(1);
         true
     }
 }

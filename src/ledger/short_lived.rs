@@ -50,8 +50,8 @@ impl Ledger {
 
     /// `hold` in the commonest case of exact mode; false, and nothing done, in any other.
     #[inline(always)]
-    pub fn hold_exactly(&mut self, address: u64, size: u64, holder: Holder, epoch: u32) -> bool {
-        let held = self.pending.put_free(address, Chunk { size, holder, epoch, cell: 0, level: 0 });
+    pub fn hold_exactly(&mut self, address: u64, size: u64, holder: Holder) -> bool {
+        let held = self.pending.put_free(address, Chunk { size, holder, epoch: self.epoch, cell: 0, level: 0 });
         if held && FILTERED {
             self.filter.add(address);
         }
@@ -122,7 +122,7 @@ impl Ledger {
     }
 
     fn settle(&mut self, address: u64, chunk: Chunk, stamp: Stamp, sites: &impl Sites) {
-        self.settled += 1;
+        self.balance = self.balance.wrapping_sub(1);
         self.enter(address, &chunk, self.expects(), stamp, sites);
     }
 

@@ -45,7 +45,8 @@ fn alloc(
     if !ledger.spend(cell, size) {
         return;
     }
-    match ledger.ask(cell, size, epoch, sites) {
+    ledger.epoch = epoch;
+    match ledger.ask(cell, size, sites) {
         Decision::Skip => (),
         Decision::Count => {
             let site = open(ledger, sites, stack, path);

@@ -22,7 +22,7 @@ impl Process {
             self.forget();
         }
         let Some(share) = &self.share else { return };
-        let decision = self.ledger.ask(cell, size, self.epoch, share);
+        let decision = self.ledger.ask(cell, size, share);
         if decision == Decision::Skip {
             self.passed += 1;
             return;
@@ -33,7 +33,7 @@ impl Process {
             && let Some(home) = unsafe { self.stacks.recall::<false>(regs.sp) }.map(|known| known.home)
             && self.is_home(home, context)
         {
-            let stamp = Stamp { epoch: self.epoch, now: self.now, query_id: pg_compat::query_id() };
+            let stamp = self.stamp();
             self.ledger.hold(chunk, size, home.holder, cell, level, stamp, share);
             return;
         }
@@ -89,6 +89,7 @@ impl Process {
             // This allocation goes unseen, and the process says that it is not exact.
             self.unseen += 1;
             self.at_once += 1;
+            self.has_afterwards = true;
             self.full = Some(match id {
                 0 => Full::Memory,
                 _ if stack == 0 => Full::Stacks,
@@ -98,7 +99,7 @@ impl Process {
             self.ledger.free(chunk, Stamp::default(), &share);
             return;
         };
-        share.sites.rows[site as usize].begin(self.epoch, self.now);
+        share.sites.rows[site as usize].begin(self.ledger.epoch, self.now);
         let holder = Holder::new(id, site);
         if let Some(home) = home {
             *home = Home { context: context as u64, changes: self.ledger.context_changes(), holder };
@@ -283,7 +284,7 @@ unsafe extern "C-unwind" fn allocated_elsewhere<const GATHER: bool>(
 fn hold_at(home: Home, chunk: *mut c_void, size: u64) -> *mut c_void {
     // SAFETY: as for `guarded`.
     let process = unsafe { current() };
-    if process.ledger.hold_exactly(chunk as u64, size, home.holder, process.epoch) {
+    if process.ledger.hold_exactly(chunk as u64, size, home.holder) {
         return chunk;
     }
     hold_displacing(chunk, size, home.holder)
@@ -354,8 +355,7 @@ pub fn follows(chunk: u64) -> bool {
 pub fn freed(chunk: u64) {
     guarded(|p| {
         if let Some(share) = &p.share {
-            let stamp = Stamp { epoch: p.epoch, now: p.now, query_id: pg_compat::query_id() };
-            p.ledger.free(chunk, stamp, share);
+            p.ledger.free(chunk, p.stamp(), share);
         }
     });
 }

@@ -159,7 +159,7 @@ impl Process {
         self.walk.forget_parents(self.now, &mut self.aside);
         self.sites = Cursor::default();
         self.rows = Cursor::default();
-        (self.epoch, self.ledger.epoch) = (1, 1);
+        self.ledger.epoch = 1;
         (self.looks, self.unseen, self.full) = (1, 0, None);
         (self.passed, self.at_once) = (0, 0);
         let Some(slot) = share.claim_slot(self.pid, backend_type()) else { return false };
@@ -257,7 +257,7 @@ impl Process {
         self.rows = Cursor::default();
         slot.open(slot.backend_type.load(Relaxed));
         (self.passed, self.at_once) = (0, 0);
-        (self.epoch, self.ledger.epoch) = (1, 1);
+        self.ledger.epoch = 1;
         slot.resets.fetch_sub(wanted, AcqRel);
         self.follow_settings();
         if self.has_messages {

@@ -82,8 +82,7 @@ pub struct Process {
     pub sites: Cursor,
     pub rows: Cursor,
     pub walk: Walk,
-    epoch: u32,
-    /// The epoch at the last walk.
+    /// The ledger's epoch at the last walk.
     walked_epoch: u32,
     /// `MyBackendType` as last seen: a child says who it is only some allocations after its start.
     kind: pg_sys::BackendType::Type,
@@ -116,6 +115,8 @@ pub struct Process {
     full: Option<Full>,
     /// SQL functions have answered since the last message.
     has_answered: bool,
+    /// After this message the log may have to hear of something, or memory goes back.
+    pub has_afterwards: bool,
     pub ledger: Ledger,
 }
 
@@ -140,7 +141,6 @@ pub static PROCESS: Global = Global(UnsafeCell::new(Process {
     sites: Cursor { next: 0, end: 0, chunks: 0, most: 0 },
     rows: Cursor { next: 0, end: 0, chunks: 0, most: 0 },
     walk: Walk::new(),
-    epoch: 0,
     walked_epoch: 0,
     kind: 0,
     has_messages: false,
@@ -159,6 +159,7 @@ pub static PROCESS: Global = Global(UnsafeCell::new(Process {
     unseen: 0,
     full: None,
     has_answered: false,
+    has_afterwards: false,
 }));
 
 /// This process's state.
@@ -237,10 +238,8 @@ impl Process {
     #[inline]
     fn next_epoch(&mut self, slot: &Slot) {
         // 0 would mean none; no process gets through them twice.
-        self.epoch = self.epoch.wrapping_add(1);
-        self.ledger.epoch = self.epoch;
-        self.ledger.cells.grant();
-        slot.epoch.store(self.epoch, Relaxed);
+        self.ledger.epoch = self.ledger.epoch.wrapping_add(1);
+        slot.epoch.store(self.ledger.epoch, Relaxed);
     }
 
     fn own_bytes(&self) -> u64 {
@@ -293,7 +292,7 @@ impl Process {
 
     #[inline(always)]
     fn stamp(&self) -> Stamp {
-        Stamp { epoch: self.epoch, now: self.now, query_id: pg_compat::query_id() }
+        Stamp { epoch: self.ledger.epoch, now: self.now, query_id: pg_compat::query_id() }
     }
 }
 

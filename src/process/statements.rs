@@ -33,10 +33,10 @@ impl Process {
             // the time between two walks is the unit.
             // What a process needs to start is of one age, however often it is looked at meanwhile.
             let starts = slot.has_no_messages() && self.walk.is_starting();
-            if self.epoch == self.walked_epoch && slot.backend_type.load(Relaxed) != POSTMASTER && !starts {
+            if self.ledger.epoch == self.walked_epoch && slot.backend_type.load(Relaxed) != POSTMASTER && !starts {
                 self.next_epoch(slot);
             }
-            self.walked_epoch = self.epoch;
+            self.walked_epoch = self.ledger.epoch;
             self.flush(Due::Look);
             if let Some(share) = &self.share {
                 self.stacks.look_for_unloaded(&mut self.unwinder, share, &mut self.aside);
@@ -74,7 +74,7 @@ impl Process {
             self.next_epoch(slot);
         }
         if !in_block {
-            slot.transaction.store(self.epoch, Relaxed);
+            slot.transaction.store(self.ledger.epoch, Relaxed);
         }
         if slot.reset_pending() || !self.has_served || settings::changed() || self.must_follow_wish(slot) {
             self.between_statements(slot);
@@ -207,36 +207,37 @@ pub fn message_done() {
         }
     }
     process.leave(state);
-    if process.walk.has_news() || process.full.is_some() {
-        tell_the_log();
-    }
-    if process.has_answered {
-        give_back();
+    if process.has_afterwards {
+        afterwards();
     }
 }
 
 /// A SQL function of rheap's is about to answer, which takes memory: symbols, rows, pages.
 pub fn answers() {
-    // SAFETY: as for `guarded`; a plain write.
-    unsafe { current() }.has_answered = true;
+    // SAFETY: as for `guarded`; plain writes.
+    let process = unsafe { current() };
+    (process.has_answered, process.has_afterwards) = (true, true);
 }
 
 /// The statement that asked is over, and so are the tables that the server had its answer in: their pages go back to
 /// the system. The C library would keep what lies below anything that the session has allocated since.
-#[cold]
-#[inline(never)]
 fn give_back() {
-    // SAFETY: as for `guarded`; a plain write, and calls that touch nothing in use.
-    unsafe {
-        current().has_answered = false;
-        crate::reserve::end();
-        libc::malloc_trim(0);
-    }
+    crate::reserve::end();
+    // SAFETY: touches nothing in use.
+    unsafe { libc::malloc_trim(0) };
 }
 
+/// What must not be done while the hook is at work: it may palloc.
 #[cold]
 #[inline(never)]
-fn tell_the_log() {
+fn afterwards() {
+    // SAFETY: as for `guarded`; plain writes.
+    let process = unsafe { current() };
+    process.has_afterwards = false;
+    let has_answered = std::mem::take(&mut process.has_answered);
     crate::walk::log_new_leaks();
     life::say_if_full();
+    if has_answered {
+        give_back();
+    }
 }

@@ -213,7 +213,7 @@ pub unsafe fn walk(process: &mut Process, slot: &Slot, within: bool) {
     process.walk.earliest = now + duration * PART;
     process.walk.next = process.walk.earliest.max(now + settings::walk_interval_ms() as i64 * 1000);
     process.walk.held = process.ledger.held_bytes();
-    process.walk.fresh = true;
+    (process.walk.fresh, process.has_afterwards) = (true, true);
 }
 
 /// Number and bytes of the contexts of each path.
