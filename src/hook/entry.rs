@@ -19,6 +19,7 @@ use crate::stack::{Regs, Stacks, callers};
 const METHODS: usize = offset_of!(MemoryContextData, methods);
 const ORIGINAL: usize = offset_of!(Pair, original);
 const ORIGINAL_ALLOC: usize = ORIGINAL + offset_of!(Methods, alloc);
+const GAP: usize = offset_of!(Process, ledger) + offset_of!(Ledger, gap);
 const GAPS: usize = offset_of!(Process, ledger) + offset_of!(Ledger, cells) + offset_of!(cells::Cells, gaps);
 const FILTER: usize = offset_of!(Process, ledger) + offset_of!(Ledger, filter);
 const CALLERS: usize = offset_of!(Process, stacks) + offset_of!(Stacks, callers);
@@ -100,18 +101,40 @@ first_touch!(first_touch_2, 2);
 #[cfg(not(any(feature = "pg15", feature = "pg16")))]
 first_touch!(first_touch_3, 3);
 
-/// An allocation in a watched context: takes it off the gap of the caller's cell, and is done if some is left.
+/// An allocation in a watched context where one gap is for all: takes it off that, and is done if some is left.
+#[unsafe(naked)]
+unsafe extern "C-unwind" fn alloc() {
+    core::arch::naked_asm!(
+        "sub qword ptr [rip + {process} + {gap}], rsi",
+        "jle 3f",
+        "inc qword ptr [rip + {process} + {passed}]",
+        "mov rax, [rdi + {methods}]",
+        "jmp [rax + {original_alloc}]",
+        "3:",
+        "mov rcx, rsp",
+        "mov r8, rbp",
+        "jmp {slow}",
+        process = sym PROCESS,
+        gap = const GAP,
+        passed = const offset_of!(Process, passed),
+        methods = const METHODS,
+        original_alloc = const ORIGINAL_ALLOC,
+        slow = sym alloc_from_process,
+    )
+}
+
+/// The same where each cell has a gap.
 ///
 /// The cell is that of `Callers::key`: the first return address, mixed with the second if that lies at a known place.
 #[unsafe(naked)]
-unsafe extern "C-unwind" fn alloc() {
+unsafe extern "C-unwind" fn alloc_by_cell() {
     core::arch::naked_asm!(
         "mov rax, [rsp]",
         "lea r10, [rip + {process}]",
         "movzx r9d, al",
         "cmp [r10 + r9 * 8 + {addresses}], rax",
         "jne 2f",
-        "mov r9, [r10 + r9 * 8 + {offsets}]",
+        "movzx r9d, word ptr [r10 + r9 * 2 + {offsets}]",
         "xor rax, [rsp + r9]",
         "2:",
         "and eax, {cell_mask}",
@@ -179,6 +202,7 @@ pub static ENTRIES: Entries = Entries {
         (first_touch_3 as *const ()),
     ],
     alloc: alloc as *const (),
+    alloc_by_cell: alloc_by_cell as *const (),
     alloc_exact: [alloc_exact as *const (), alloc_exact_gathering as *const ()],
     tick: tick as *const (),
     boundary,
@@ -229,6 +253,16 @@ unsafe extern "C-unwind" fn first_touch_from(
             }
         }
     }
+}
+
+unsafe extern "C-unwind" fn alloc_from_process(
+    context: MemoryContext,
+    size: usize,
+    flags: c_int,
+    regs: Regs,
+) -> *mut c_void {
+    // SAFETY: the server calls with a live context on a watch table; the registers are the caller's.
+    unsafe { alloc_from(context, size, flags, regs, process::cell(regs) as u32) }
 }
 
 unsafe extern "C-unwind" fn alloc_from(

@@ -11,7 +11,7 @@ mod tables;
 pub mod tick;
 mod touch;
 
-pub use tables::{Table, ask_about_all, is_hooked, is_learned, learn, record_all, table_of, watch};
+pub use tables::{Gap, Table, ask_about_all, is_hooked, is_learned, learn, record_by, table_of, watch};
 pub use touch::long_lived;
 
 use crate::pg_compat::{self, MemoryContext};

@@ -24,17 +24,18 @@ const ERRORS: usize = KIND_COUNT + 1;
 /// Names of contexts, as the server's pointers to them, that outlived their transient parent before.
 pub const LEARNED: usize = 1024;
 
+/// What each process writes comes last, before [`crate::process::PROCESS`].
 #[repr(C)]
 pub struct Tables {
+    /// By the low bits of the pointer.
+    pub learned: [*const core::ffi::c_char; LEARNED],
     /// Bytes of the pass tables, behind `pass`: a context whose parent points in there is transient, without
     /// further questions. 0 when such questions must be asked.
     pub pass_span: usize,
-    /// By the low bits of the pointer.
-    pub learned: [*const core::ffi::c_char; LEARNED],
     tick: *const (),
-    /// The watch tables' `alloc`, and their `free_p` where that is theirs: as a sample is recorded, or as all are.
-    alloc: [*const (); 2],
-    free: [Option<[Free; KIND_COUNT]>; 2],
+    /// The watch tables' `alloc` by [`Gap`], and their `free_p` where that is theirs.
+    alloc: [*const (); 3],
+    free: [Option<[Free; KIND_COUNT]>; 3],
     base: [*mut Methods; KIND_COUNT],
     /// What the base tables held before the patch.
     pub original: [Methods; KIND_COUNT],
@@ -61,7 +62,9 @@ fn tables() -> &'static Tables {
 /// What the hooks put into the tables, by allocator where the entry must know it.
 pub struct Entries {
     pub first_touch: [*const (); KIND_COUNT],
+    /// By one gap, and by the cell's.
     pub alloc: *const (),
+    pub alloc_by_cell: *const (),
     /// The same where all are recorded; the second on processors that gather.
     pub alloc_exact: [*const (); 2],
     /// Met once by the next palloc in a context that passes, after `arm`.
@@ -94,11 +97,14 @@ pub unsafe fn patch(bases: [*mut Methods; KIND_COUNT], entries: &Entries) -> Res
         // SAFETY: the entry has the C ABI of the table's member; one argument more does no harm (see pg_compat).
         unsafe { std::mem::transmute_copy(&p) }
     };
+    // A child has what its parent has written, and need not be given it when it looks there.
+    tables.learned.fill(ptr::null());
     tables.base = bases;
     tables.tick = entries.tick;
-    tables.alloc = [entries.alloc, entries.alloc_exact[crate::stack::Stacks::gathers() as usize]];
+    let alloc_exact = entries.alloc_exact[crate::stack::Stacks::gathers() as usize];
+    tables.alloc = [entries.alloc, entries.alloc_by_cell, alloc_exact];
     if !DISPATCH_BY_CHUNK {
-        tables.free = [Some(entries.free), Some(entries.free_exact)];
+        tables.free = [Some(entries.free), Some(entries.free), Some(entries.free_exact)];
     }
     for (kind, base) in bases.into_iter().enumerate() {
         // SAFETY: the caller's promise.
@@ -200,8 +206,19 @@ pub fn ask_about_all(all: bool) {
     tables.pass_span = if all { 0 } else { size_of_val(&tables.pass) };
 }
 
-/// Whether all allocations in watched contexts are recorded, so that there is no sampling to be done for them.
-pub fn record_all(all: bool) {
+/// What tells that an allocation in a watched context is to be recorded.
+#[derive(Clone, Copy)]
+pub enum Gap {
+    /// One count of bytes for all of the process's.
+    OfProcess,
+    /// One for each cell of callers.
+    OfCell,
+    /// Nothing: all are recorded.
+    None,
+}
+
+/// From now on this tells which allocations are recorded.
+pub fn record_by(gap: Gap) {
     // SAFETY: the server's thread, outside the entries that this replaces.
     let tables = unsafe { (*TABLES.0.get()).assume_init_mut() };
     if !tables.installed {
@@ -210,8 +227,8 @@ pub fn record_all(all: bool) {
     for kind in 0..KIND_COUNT {
         let watch = &mut tables.watch[kind].active;
         // SAFETY: as in `patch`.
-        watch.alloc = unsafe { std::mem::transmute_copy(&tables.alloc[all as usize]) };
-        if let Some(free) = &tables.free[all as usize] {
+        watch.alloc = unsafe { std::mem::transmute_copy(&tables.alloc[gap as usize]) };
+        if let Some(free) = &tables.free[gap as usize] {
             // SAFETY: the member has this type where the table has its own frees; see `patch`.
             watch.free_p = unsafe { std::mem::transmute_copy(&free[kind]) };
         }

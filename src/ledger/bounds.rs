@@ -11,7 +11,7 @@ impl Ledger {
 
     /// Returns to the mode's own precision when the memory allows it again.
     pub fn relax(&mut self) {
-        if (self.level != 0 || self.cells.floor() != 0) && self.budget.used - self.spare() < self.budget.limit / 4 {
+        if self.thinned && self.budget.used - self.spare() < self.budget.limit / 4 {
             self.set_precision(self.precision);
         }
     }
@@ -35,19 +35,19 @@ impl Ledger {
             .fold(0, u64::saturating_add);
         let mean = (bytes / live).max(1);
         // About half of the records of mean size survive the first time, and half of those the next time.
-        let before = self.rates.rate(self.level).max(self.cells.floor());
+        let before = self.rates.rate(self.next_level).max(self.cells.floor());
         let level = self.rates.level((before.max(mean * 3 / 4) * 2).max(2));
         let rate = self.rates.rate(level);
         if rate <= before {
             return;
         }
-        if self.precision == Precision::Exact {
-            self.level = level;
-            self.quick = false;
-            self.gap = self.rates.gap(level, &mut self.rng);
-        } else {
+        self.thinned = true;
+        if let Precision::Sampled(_) = self.precision {
             self.cells.raise_floor(rate, &mut self.rates, &mut self.rng);
             self.each_site(|site| sites.site(site).set_inexact());
+        } else {
+            self.quick = false;
+            self.follow_at(level, level);
         }
         for id in 1..=self.records.high() {
             let record = *self.records.get(id);

@@ -60,13 +60,11 @@ const NEW: Cell = Cell { recorded: 0, since: 0, paired: 0, quiet_at: 0, epoch: 0
 
 #[repr(C)]
 pub struct Cells {
-    /// Cells have been asked something.
-    asked: bool,
+    /// Not all zero.
+    used: bool,
     /// Exact records that may still be made, for the work up to an epoch of the process.
     budget: u32,
     granted: u32,
-    /// The level of all cells while the process starts; 0 afterwards.
-    starting: u8,
     /// The mode's own rate.
     rate: Rate,
     /// No cell is followed more densely than this: the memory is used up.
@@ -79,62 +77,29 @@ pub struct Cells {
 
 impl Cells {
     pub const fn new() -> Self {
-        Cells {
-            gaps: [0; CELLS],
-            cells: [NEW; CELLS],
-            asked: false,
-            budget: 0,
-            granted: 0,
-            starting: 0,
-            rate: 0,
-            floor: 0,
-        }
-    }
-
-    /// Every allocation is asked for.
-    pub fn all(&mut self) {
-        self.gaps.fill(0);
-        if std::mem::replace(&mut self.asked, false) {
-            self.cells.fill(NEW);
-        }
-        (self.rate, self.floor, self.starting) = (0, 0, 0);
-        // Work done until now counts for nothing.
-        (self.budget, self.granted) = (BUDGET, u32::MAX);
-    }
-
-    /// No allocation is asked for.
-    pub fn none(&mut self) {
-        self.gaps.fill(i64::MAX);
+        Cells { gaps: [0; CELLS], cells: [NEW; CELLS], used: false, budget: 0, granted: 0, rate: 0, floor: 0 }
     }
 
     /// Cells begin anew, exact at first.
     pub fn sampled(&mut self, rate: Rate) {
-        self.all();
-        self.rate = rate;
+        self.clear();
+        (self.rate, self.used) = (rate, true);
     }
 
-    /// Every cell is sampled at once: for a start, in which much is allocated that nobody calls a leak.
-    pub fn sampled_at_once(&mut self, rate: Rate, rates: &mut Rates, rng: &mut Rng) {
-        self.sampled(rate);
-        let level = rates.level(rate);
-        // A draw for each cell would cost more than the start itself.
-        let mut draws = [0; 64];
-        draws.fill_with(|| rates.gap(level, rng));
-        let shift = rng.bits() as usize;
-        for (i, gap) in self.gaps.iter_mut().enumerate() {
-            *gap = draws[(i ^ shift).wrapping_add(i >> 6) % 64];
+    /// Back to zero, which the pages of most processes never leave.
+    pub fn clear(&mut self) {
+        if std::mem::replace(&mut self.used, false) {
+            self.gaps.fill(0);
+            self.cells.fill(NEW);
         }
-        self.starting = level;
+        (self.rate, self.floor) = (0, 0);
+        // Work done until now counts for nothing.
+        (self.budget, self.granted) = (BUDGET, u32::MAX);
     }
 
     /// No cell shall be followed more densely than this from now on.
     pub fn raise_floor(&mut self, floor: Rate, rates: &mut Rates, rng: &mut Rng) {
         self.floor = floor;
-        if self.rate == 0 {
-            return;
-        }
-        self.starting = 0;
-        self.asked = true;
         for i in 0..CELLS {
             if rates.rate(self.cells[i].level) < floor {
                 self.draw(i, floor, rates, rng);
@@ -154,7 +119,7 @@ impl Cells {
 
     /// Whether a site of this cell may have lost allocations.
     pub fn is_sampled(&self, cell: u16) -> bool {
-        self.starting != 0 || self.cells[cell as usize % CELLS].level != 0
+        self.used && self.cells[cell as usize % CELLS].level != 0
     }
 
     /// Grants what the work since the last time is worth.
@@ -169,11 +134,6 @@ impl Cells {
     #[inline]
     pub fn ask(&mut self, cell: u16, size: u64, epoch: u32, rates: &mut Rates, rng: &mut Rng) -> (Option<u8>, bool) {
         let index = cell as usize % CELLS;
-        if self.starting != 0 {
-            self.gaps[index] = rates.gap(self.starting, rng);
-            return (Some(self.starting), false);
-        }
-        self.asked = true;
         self.grant(epoch);
         let c = &mut self.cells[index];
         let level = c.level;
@@ -225,7 +185,7 @@ impl Cells {
     /// A recorded chunk of this cell was freed at once.
     #[inline]
     pub fn paired(&mut self, cell: u16) {
-        if self.asked {
+        if self.used {
             self.cells[cell as usize % CELLS].paired += 1;
         }
     }
@@ -233,7 +193,7 @@ impl Cells {
     /// A recorded chunk of this cell outlived its statement.
     #[inline]
     pub fn kept(&mut self, cell: u16) {
-        if self.asked {
+        if self.used {
             let c = &mut self.cells[cell as usize % CELLS];
             c.quiet_at = c.recorded.saturating_add(QUIET);
         }

@@ -61,8 +61,9 @@ pub enum Precision {
     None { ask: bool },
     /// A sample of where it would cost to follow all; see [`cells`].
     Sampled(Rate),
-    /// A sample everywhere.
-    SampledAtOnce(Rate),
+    /// A sample of all by one gap: for a start, in which much is allocated that nobody calls a leak, so that most
+    /// processes need not look at any of it. The first sample tells that one allocates more than that.
+    SampledAtOnce { first: Rate, then: Rate },
 }
 
 /// In this order, and begun by what every process writes, so that a short life touches few pages.
@@ -71,9 +72,13 @@ pub struct Ledger {
     precision: Precision,
     /// Exact, and within the memory.
     quick: bool,
-    /// In exact mode past the memory: level of new records, and bytes until the next.
+    /// Where not all are recorded, and all by one gap: bytes until the next, its level, and that of those to come. The
+    /// hook's entry counts down by itself, but for exact mode past the memory.
+    pub gap: i64,
     level: u8,
-    gap: i64,
+    next_level: u8,
+    /// The memory is used up: less is followed than the mode says.
+    thinned: bool,
     /// Records given up because the budget was exhausted.
     dropped: u64,
     /// Bytes that all accounts together hold, in the fixed point of the accounts.
@@ -91,8 +96,8 @@ pub struct Ledger {
     contexts: Table<Context>,
     sites: Table<SiteKey>,
     pub cells: Cells,
-    rates: Rates,
     pending: Pending,
+    rates: Rates,
     pub filter: Filter,
 }
 
@@ -120,8 +125,10 @@ impl Ledger {
             quick: false,
             rates: Rates::new(),
             rng: Rng::unseeded(),
-            level: 0,
             gap: 0,
+            level: 0,
+            next_level: 0,
+            thinned: false,
             dropped: 0,
             held: 0,
             balance: 0,
@@ -165,17 +172,21 @@ impl Ledger {
         debug_assert!(self.pending.is_empty());
         self.precision = precision;
         self.quick = precision == Precision::Exact;
-        (self.level, self.gap) = (0, 0);
+        (self.gap, self.level, self.next_level, self.thinned) = (0, 0, 0, false);
+        self.cells.clear();
         match precision {
-            Precision::None { ask: false } => self.cells.none(),
-            Precision::None { ask: true } | Precision::Exact => self.cells.all(),
+            Precision::None { ask: false } => self.gap = i64::MAX,
+            Precision::None { ask: true } | Precision::Exact => (),
             Precision::Sampled(rate) => self.cells.sampled(rate),
-            Precision::SampledAtOnce(rate) => self.cells.sampled_at_once(rate, &mut self.rates, &mut self.rng),
+            Precision::SampledAtOnce { first, then } => {
+                let (first, then) = (self.rates.level(first), self.rates.level(then));
+                self.follow_at(first, then);
+            }
         }
     }
 
     /// These rates will be asked for by forked children, who then have them already.
-    pub fn prepare_rates(&mut self, rates: [Rate; 3]) {
+    pub fn prepare_rates(&mut self, rates: [Rate; 4]) {
         for rate in rates {
             self.rates.level(rate);
         }
@@ -185,31 +196,46 @@ impl Ledger {
         self.precision
     }
 
-    /// Takes an allocation off its cell's gap; true when that is used up. The hook's entry does the same by itself.
+    /// The next by one level, and all to come by another.
+    fn follow_at(&mut self, level: u8, next: u8) {
+        (self.level, self.next_level) = (level, next);
+        self.gap = self.rates.gap(level, &mut self.rng);
+    }
+
+    /// Takes an allocation off its gap; true when that is used up. The hook's entries do the same by themselves.
     #[inline]
     pub fn spend(&mut self, cell: u16, size: u64) -> bool {
-        let gap = &mut self.cells.gaps[cell as usize % cells::CELLS];
+        let gap = match self.precision {
+            Precision::Exact => return true,
+            Precision::Sampled(_) => &mut self.cells.gaps[cell as usize % cells::CELLS],
+            Precision::None { .. } | Precision::SampledAtOnce { .. } => &mut self.gap,
+        };
         *gap = gap.wrapping_sub(size as i64);
         *gap <= 0
     }
 
-    /// What to do with an allocation that has used up its cell's gap. To be asked once for each.
+    /// What to do with an allocation that has used up its gap. To be asked once for each.
     #[inline]
     pub fn ask(&mut self, cell: u16, size: u64, sites: &impl Sites) -> Decision {
-        if self.precision == Precision::Exact {
-            if self.level == 0 {
-                return Decision::Record(0);
+        match self.precision {
+            Precision::Sampled(_) => return self.ask_cell(cell, size, sites),
+            Precision::None { .. } => return Decision::Skip,
+            Precision::Exact if !self.thinned => return Decision::Record(0),
+            Precision::Exact => {
+                self.gap -= size.max(1) as i64;
+                if self.gap > 0 {
+                    return Decision::Count;
+                }
             }
-            self.gap -= size.max(1) as i64;
-            if self.gap > 0 {
-                return Decision::Count;
-            }
-            self.gap = self.rates.gap(self.level, &mut self.rng);
-            return Decision::Record(self.level);
+            Precision::SampledAtOnce { .. } => (),
         }
-        if let Precision::None { .. } = self.precision {
-            return Decision::Skip;
-        }
+        let level = self.level;
+        self.follow_at(self.next_level, self.next_level);
+        Decision::Record(level)
+    }
+
+    #[inline]
+    fn ask_cell(&mut self, cell: u16, size: u64, sites: &impl Sites) -> Decision {
         let (level, turned) = self.cells.ask(cell, size, self.epoch, &mut self.rates, &mut self.rng);
         if turned {
             self.each_site_of(|key| key.cell == cell, |site| sites.site(site).set_inexact());
@@ -229,7 +255,7 @@ impl Ledger {
     /// Remembers the account of a stack and a path, whose allocations come through `cell`. False when there is no
     /// memory for it.
     pub fn add_site(&mut self, stack: u32, path: u32, site: u32, cell: u16, sites: &impl Sites) -> bool {
-        if self.cells.is_sampled(cell) {
+        if matches!(self.precision, Precision::SampledAtOnce { .. }) || self.cells.is_sampled(cell) {
             sites.site(site).set_inexact();
         }
         let key = SiteKey { stack_path: site_key(stack, path), site, cell, chain: 0 };

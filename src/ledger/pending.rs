@@ -40,17 +40,18 @@ pub struct Chunk {
     pub level: u16,
 }
 
+#[repr(C)]
 pub struct Pending {
-    /// Apart from the rest, so that a flush reads little; 0: free.
-    addresses: [u64; PLACES],
-    chunks: [Chunk; PLACES],
     /// Chunks taken in and given out, ever.
     pub put: u64,
     pub taken: u64,
-    /// Places of the latest chunks, by their number.
-    recent: [u8; RECENT],
     /// Chunks that `next_recent` has passed.
     looked: u64,
+    /// Places of the latest chunks, by their number.
+    recent: [u8; RECENT],
+    /// Apart from the rest, so that a flush reads little; 0: free.
+    addresses: [u64; PLACES],
+    chunks: [Chunk; PLACES],
 }
 
 impl Pending {

@@ -51,6 +51,11 @@ impl Budget {
             self.taken = 0;
         }
         let nursery = self.nursery?;
+        if self.taken == 0 {
+            // A page that is read first costs another fault when it is written.
+            // SAFETY: inside the mapping.
+            unsafe { nursery.write_volatile(0) };
+        }
         if self.taken + bytes > NURSERY {
             return None;
         }

@@ -242,7 +242,7 @@ proptest! {
     ) {
         let sites = accounts();
         let mut ledger = Ledger::new(pages * 4096, 7);
-        ledger.set_precision(if rate == 0 { Precision::Exact } else { Precision::SampledAtOnce(rate) });
+        ledger.set_precision(if rate == 0 { Precision::Exact } else { Precision::SampledAtOnce { first: rate, then: rate / 16 + 1 } });
         for (i, op) in ops.into_iter().enumerate() {
             match op {
                 // Addresses of their own, so that the tiny limit is reached.
@@ -281,6 +281,33 @@ fn churn(ledger: &mut Ledger, sites: &Accounts, n: u64) -> [(u64, u64); 2] {
 
 fn within(estimate: u64, truth: u64, relative: f64) -> bool {
     (estimate as f64 - truth as f64).abs() <= truth as f64 * relative
+}
+
+#[test]
+fn a_start_is_estimated_without_bias_whether_it_is_small_or_large() {
+    const RUNS: u64 = 3000;
+    let sites = accounts();
+    let mut ledger = Ledger::new(64 << 20, 7);
+    // As much as half, twice and twenty times the first gap.
+    for n in [256, 1024, 10_240] {
+        let runs = RUNS / (n / 256);
+        let (mut estimate, mut unnoticed) = (0, 0);
+        for _ in 0..runs {
+            ledger.set_precision(Precision::SampledAtOnce { first: 64 << 10, then: 4 << 10 });
+            (0..n).for_each(|i| alloc(&mut ledger, &sites, address(i), 128, 64, 1, 1, 1));
+            ledger.flush(Due::Statement, at(1), &sites);
+            estimate += ledger.held_bytes();
+            unnoticed += (ledger.records() == 0) as u64;
+            ledger.delete(64, at(1), &sites);
+        }
+        assert!(within(estimate, runs * n * 128, 0.1), "{n}: {estimate}");
+        // The chance that the first gap is longer.
+        let expected = runs as f64 * (-(n as f64) * 128.0 / 65536.0).exp();
+        assert!(
+            (unnoticed as f64 - expected).abs() < 4.0 * expected.sqrt() + 1.0,
+            "{n}: {unnoticed} and not {expected}"
+        );
+    }
 }
 
 #[test]

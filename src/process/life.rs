@@ -9,7 +9,7 @@ use pgrx::pg_sys;
 use super::ending::Text;
 use super::statements::{LOOK, SENDERS_LOOK};
 use super::{ASIDE, Full, Process, SITES_PART, State, backend_type, current, now};
-use crate::hook;
+use crate::hook::{self, Gap};
 use crate::ledger::account::Site;
 use crate::ledger::region::Budget;
 use crate::ledger::{Due, Precision, cells};
@@ -22,8 +22,10 @@ use crate::share::slot::POSTMASTER;
 use crate::stack::Trace;
 use crate::verdict::proportion::Held;
 
-/// What a backend's first message allocates is sampled this many powers of two more sparsely: it fills caches.
-const FIRST: u32 = 4;
+/// What a backend's first message allocates is sampled this many powers of two more sparsely, since it fills caches, and
+/// even more so until the first sample: most are no larger than that.
+const FILLS: u32 = 4;
+const FIRST: u32 = 8;
 
 /// Milliseconds of processor time within which a busy process notices what `rheap_track` wishes.
 const WISH: i32 = 500;
@@ -110,7 +112,7 @@ unsafe extern "C" fn forked_in_child() {
     if process.has_messages {
         process.stacks.forget();
     }
-    (process.has_messages, process.has_served) = (false, false);
+    (process.has_messages, process.has_served, process.has_afterwards) = (false, false, false);
     // Every allocation asks, so that the first one attaches.
     if process.ledger.precision() != Precision::Exact {
         process.ledger.set_precision(Precision::Exact);
@@ -125,7 +127,7 @@ extern "C" fn exiting() {
         process.own_slot = None;
         process.state = State::Refused;
         if let Some(share) = process.share {
-            share.release_slot(process.slot, process.pid, [process.sites.chunks, process.rows.chunks]);
+            share.release_slot(process.slot, process.pid, &mut process.sites, &mut process.rows);
         }
     }
 }
@@ -200,7 +202,7 @@ impl Process {
         }
         let rate = followed.sample_bytes as u64;
         if kind == POSTMASTER {
-            self.ledger.prepare_rates([rate, rate << FIRST, rate << cells::SETTLED]);
+            self.ledger.prepare_rates([rate, rate << FIRST, rate << FILLS, rate << cells::SETTLED]);
         }
         let precision = match () {
             _ if self.checking => Precision::Exact,
@@ -211,7 +213,7 @@ impl Process {
             _ if followed.mode == Mode::Exact as u32 || !pg_compat::allocates_much(kind as _) => Precision::Exact,
             _ if self.has_served || slot.has_no_messages() => Precision::Sampled(rate),
             // The first statement fills caches; the many sessions that have no other should not pay for more.
-            _ if self.has_messages => Precision::SampledAtOnce(rate << FIRST),
+            _ if self.has_messages => Precision::SampledAtOnce { first: rate << FIRST, then: rate << FILLS },
             // A child that has not said yet what it is: its books begin when it has.
             _ if !self.expects_messages() => Precision::None { ask: true },
             // What a backend allocates before its first message is much, and its baseline.
@@ -223,7 +225,11 @@ impl Process {
         }
         // Whoever reads this finds accounts that follow it.
         slot.mode.store(followed.mode, Release);
-        hook::record_all(precision == Precision::Exact);
+        hook::record_by(match precision {
+            Precision::Exact => Gap::None,
+            Precision::Sampled(_) => Gap::OfCell,
+            Precision::SampledAtOnce { .. } | Precision::None { .. } => Gap::OfProcess,
+        });
         let limit = followed.memory_limit as usize * 1024;
         let rest = limit - ASIDE;
         self.ledger.set_limit(rest - rest / SITES_PART);
@@ -251,10 +257,8 @@ impl Process {
         let wanted = slot.resets.load(Acquire);
         self.ledger.clear();
         self.walk.forget(self.now, &mut self.aside);
-        share.sites.release(self.slot, self.sites.chunks, Site::close);
-        share.rows.release(self.slot, self.rows.chunks, Row::close);
-        self.sites = Cursor::default();
-        self.rows = Cursor::default();
+        self.sites.release(&share.sites, self.slot, Site::close);
+        self.rows.release(&share.rows, self.slot, Row::close);
         slot.open(slot.backend_type.load(Relaxed));
         (self.passed, self.at_once) = (0, 0);
         self.ledger.epoch = 1;

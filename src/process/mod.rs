@@ -61,12 +61,11 @@ enum Full {
     Sites,
 }
 
-/// In this order, so that what every process writes lies together: the end of what comes before `share`, what follows
-/// it, and the beginning of the ledger.
-#[repr(C, align(4096))]
+/// In this order, so that what every process writes lies on one page with what it writes of the hook's tables: all up
+/// to the ledger's cells. Those that have to walk a stack write the end of the stacks and the beginning of the
+/// unwinder, too.
+#[repr(C, align(64))]
 pub struct Process {
-    unwinder: Unwinder,
-    pub stacks: Stacks,
     pub share: Option<Share>,
     state: State,
     /// Ready, and all allocations are recorded: the commonest cases take a shorter way.
@@ -118,6 +117,8 @@ pub struct Process {
     /// After this message the log may have to hear of something, or memory goes back.
     pub has_afterwards: bool,
     pub ledger: Ledger,
+    pub stacks: Stacks,
+    unwinder: Unwinder,
 }
 
 #[repr(transparent)]

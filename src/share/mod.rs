@@ -17,7 +17,7 @@ use crate::ledger::Sites;
 use crate::ledger::account::{Site, SiteCopy};
 use dictionary::Dictionary;
 use ending::{EndingCopy, Endings, HeldPath, HeldSite, How};
-use pool::{CHUNK, Pool};
+use pool::{CHUNK, Cursor, Pool};
 use row::{Row, RowCopy};
 use slot::Slot;
 
@@ -225,8 +225,7 @@ impl Share {
                 if expected != 0 {
                     let (now, last_kill) = (crate::process::precisely_now(), self.endings.last_kill());
                     self.bury(index as u32, expected, pid, now, last_kill);
-                    self.sites.release(index as u32, usize::MAX, Site::close);
-                    self.rows.release(index as u32, usize::MAX, Row::close);
+                    self.release_chunks(index as u32);
                 }
                 slot.open(backend_type);
                 slot.begin(crate::process::precisely_now());
@@ -247,15 +246,26 @@ impl Share {
         find(&|owner| owner == pid).or_else(|| find(&|owner| owner == 0)).or_else(|| find(&|owner| !slot::alive(owner)))
     }
 
-    /// Gives a slot back with all that belongs to it, no more than so many chunks of accounts and of rows, if `pid` owns
-    /// it.
-    pub fn release_slot(&self, index: u32, pid: i32, chunks: [usize; 2]) {
+    /// Gives a process's own slot back with all that belongs to it, if `pid` owns it.
+    pub fn release_slot(&self, index: u32, pid: i32, sites: &mut Cursor, rows: &mut Cursor) {
+        self.release_slot_after(index, pid, || {
+            sites.release(&self.sites, index, Site::close);
+            rows.release(&self.rows, index, Row::close);
+        });
+    }
+
+    fn release_slot_after(&self, index: u32, pid: i32, release: impl FnOnce()) {
         let slot = &self.slots[index as usize];
         if slot.pid.load(Acquire) == pid {
-            self.sites.release(index, chunks[0], Site::close);
-            self.rows.release(index, chunks[1], Row::close);
+            release();
             slot.pid.store(0, Release);
         }
+    }
+
+    /// Gives back all chunks of a slot whose process is gone.
+    fn release_chunks(&self, index: u32) {
+        self.sites.release(index, Site::close);
+        self.rows.release(index, Row::close);
     }
 
     /// Gives back all slots of dead processes, whose books would keep others from theirs. Only while nobody but the
@@ -264,7 +274,7 @@ impl Share {
         for (index, slot) in self.slots.iter().enumerate() {
             let pid = slot.pid.load(Acquire);
             if own != Some(index as u32) && pid != 0 && !slot::alive(pid) {
-                self.release_slot(index as u32, pid, [usize::MAX; 2]);
+                self.release_slot_after(index as u32, pid, || self.release_chunks(index as u32));
             }
         }
     }
@@ -429,12 +439,25 @@ mod tests {
     #[test]
     fn chunks_run_out_and_come_back() {
         let share = Share::map(4, 2 * CHUNK).unwrap();
-        let mut cursor = pool::Cursor::default();
+        let mut cursor = Cursor::default();
         let rows: Vec<u32> = std::iter::from_fn(|| cursor.take(&share.sites, 1)).collect();
         assert_eq!(rows.len(), 2 * CHUNK);
         assert_eq!(share.sites.owned(1).count(), 2);
-        share.sites.release(1, 2, Site::close);
+        share.sites.release(1, Site::close);
         assert!(share.sites.claim(2).is_some());
+    }
+
+    #[test]
+    fn only_rows_that_were_used_are_closed() {
+        let share = Share::map(4, 3 * CHUNK).unwrap();
+        let mut cursor = Cursor { most: 2, ..Cursor::default() };
+        let used: Vec<u32> = (0..CHUNK + 3).filter_map(|_| cursor.take(&share.sites, 1)).collect();
+        let closed = std::cell::RefCell::new(Vec::new());
+        let id = |row: &Site| (&raw const *row as usize - share.sites.rows.as_ptr() as usize) / size_of::<Site>();
+        cursor.release(&share.sites, 1, |row| closed.borrow_mut().push(id(row) as u32));
+        assert_eq!(closed.into_inner(), used);
+        assert_eq!((share.sites.owned(1).count(), cursor.chunks, cursor.most), (0, 0, 2));
+        assert!(cursor.take(&share.sites, 1).is_some());
     }
 
     #[test]

@@ -3,6 +3,7 @@
 //! A chunk is owned by whoever's slot number stands in its owner word: one compare-and-swap takes it, so a process
 //! that dies at any moment leaves nothing half-claimed, and its slot's successor finds what to give back.
 
+use std::ops::Range;
 use std::sync::atomic::{AtomicU32, Ordering::*, fence};
 
 pub const CHUNK: usize = 16;
@@ -59,11 +60,15 @@ impl<T> Pool<T> {
         (chunk * CHUNK..(chunk + 1) * CHUNK).map(|id| (id as u32, &self.rows[id]))
     }
 
-    /// Gives back the chunks of a slot, of which there are no more than `most`, each after `close` has been called with
-    /// its rows. The search for more would cost a process that has few as much as all else that it does at its end.
-    pub fn release(&self, slot: u32, most: usize, close: impl Fn(&T)) {
+    /// Gives back the chunks of a slot whose process is gone, each after `close` has been called with its rows.
+    pub fn release(&self, slot: u32, close: impl Fn(&T)) {
+        self.release_some(slot, usize::MAX, 0..0, close);
+    }
+
+    /// The same for no more than `most` chunks, and without a look at what is `unused`.
+    fn release_some(&self, slot: u32, most: usize, unused: Range<u32>, close: impl Fn(&T)) {
         for chunk in self.owned(slot).take(most) {
-            self.rows_of(chunk).for_each(|(_, row)| close(row));
+            self.rows_of(chunk).filter(|(id, _)| !unused.contains(id)).for_each(|(_, row)| close(row));
             self.owners[chunk].store(0, Release);
         }
     }
@@ -84,6 +89,14 @@ impl Cursor {
     /// Its process may take no more.
     pub fn is_at_its_most(&self) -> bool {
         self.most != 0 && self.chunks >= self.most
+    }
+
+    /// Gives all chunks back, each after `close` has been called with those of its rows that were used. The search for
+    /// chunks that it has not, and the pages of rows that nobody used, would cost a process that has few of either as
+    /// much as all else that it does at its end.
+    pub fn release<T>(&mut self, pool: &Pool<T>, slot: u32, close: impl Fn(&T)) {
+        pool.release_some(slot, self.chunks, self.next..self.end, close);
+        *self = Cursor { most: self.most, ..Cursor::default() };
     }
 
     /// A row that nobody uses. None when the pool is exhausted.

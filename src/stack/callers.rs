@@ -5,10 +5,11 @@ pub const CALLERS: usize = 256;
 
 /// Looked up by the low bits of the return address. An entry, once made, stays, so that the key of a caller never
 /// changes, until some code is unloaded.
+#[repr(C)]
 pub struct Callers {
     pub addresses: [u64; CALLERS],
     /// Where the next return address lies, from the stack pointer.
-    pub offsets: [u64; CALLERS],
+    pub offsets: [u16; CALLERS],
 }
 
 impl Callers {
@@ -30,7 +31,7 @@ impl Callers {
             if self.addresses[place] != address {
                 return address;
             }
-            address ^ *((sp + self.offsets[place]) as *const u64)
+            address ^ *((sp + self.offsets[place] as u64) as *const u64)
         }
     }
 
@@ -44,7 +45,7 @@ impl Callers {
         let place = return_address as usize % CALLERS;
         if self.addresses[place] == 0 && offset < 4096 {
             self.addresses[place] = return_address;
-            self.offsets[place] = offset;
+            self.offsets[place] = offset as u16;
         }
     }
 }

@@ -48,13 +48,14 @@ impl Entry for Known {
 }
 
 /// The stacks that this process has met. Valid in its children too, which have the same modules at the same places.
+/// What the first walk of a process writes lies together, at the end.
 #[repr(C)]
 pub struct Stacks {
-    pub callers: Callers,
     memory: Memory,
     known: Table<Known>,
     /// The walk at hand; kept, so that no capture has to clear it.
     trace: Trace,
+    pub callers: Callers,
 }
 
 impl Stacks {

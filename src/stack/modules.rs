@@ -23,10 +23,12 @@ pub struct Module {
 
 const CAPACITY: usize = 192;
 
+#[repr(C)]
 pub struct Modules {
+    /// The one found last.
+    last: usize,
     list: [Module; CAPACITY],
     len: usize,
-    last: usize,
     /// Loads and unloads that the dynamic linker had counted when we looked.
     generation: (u64, u64),
     /// Something was unloaded since this was last cleared: what is known of addresses may be of other code.
@@ -42,9 +44,9 @@ const NONE: Module = Module { start: 0, end: 0, bias: 0, eh_frame_hdr: 0, eh_end
 impl Modules {
     pub const fn new() -> Self {
         Modules {
+            last: 0,
             list: [NONE; CAPACITY],
             len: 0,
-            last: 0,
             generation: (0, 0),
             unloaded: false,
             main_path: [0; 256],

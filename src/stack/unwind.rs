@@ -49,6 +49,8 @@ struct Cached {
     frame_pointers: bool,
 }
 
+/// Begins with what walks write.
+#[repr(C)]
 pub struct Unwinder {
     pub modules: Modules,
     /// Rules of return addresses in the executable, which lies at the same place in all processes of a cluster: what
