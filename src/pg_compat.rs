@@ -200,6 +200,13 @@ pub enum Transaction {
     Block,
 }
 
+/// Whether this process is certainly in no transaction at all.
+#[inline(always)]
+pub fn is_without_transaction() -> bool {
+    // SAFETY: a plain read of the server's global.
+    unsafe { pg_sys::TopTransactionContext.is_null() }
+}
+
 /// The transaction that this process is in.
 #[inline(always)]
 pub fn transaction() -> Transaction {
@@ -208,11 +215,9 @@ pub fn transaction() -> Transaction {
         fn IsTransactionOrTransactionBlock() -> bool;
         fn IsTransactionBlock() -> bool;
     }
-    // SAFETY: plain reads of the server's variables.
+    // SAFETY: both read a variable of the server.
     unsafe {
         match () {
-            // The commonest case, without a call.
-            _ if pg_sys::TopTransactionContext.is_null() => Transaction::None,
             _ if !IsTransactionOrTransactionBlock() => Transaction::None,
             _ if !IsTransactionBlock() => Transaction::Implicit,
             _ => Transaction::Block,

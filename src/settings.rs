@@ -75,17 +75,22 @@ impl Followed {
     }
 }
 
-/// Raised when a setting that processes follow is assigned, also when that is undone.
-static CHANGED: AtomicBool = AtomicBool::new(true);
+/// Lowered when a setting that processes follow is assigned, also when that is undone.
+static FOLLOWED: AtomicBool = AtomicBool::new(false);
 
 /// Whether settings may have changed since this was last asked.
 #[inline]
 pub fn changed() -> bool {
-    CHANGED.load(Relaxed) && CHANGED.swap(false, Relaxed)
+    !FOLLOWED.load(Relaxed) && !FOLLOWED.swap(true, Relaxed)
+}
+
+/// A process begins in which nobody has followed them yet.
+pub fn begin() {
+    FOLLOWED.store(false, Relaxed);
 }
 
 unsafe extern "C-unwind" fn assign(_value: c_int, _extra: *mut c_void) {
-    CHANGED.store(true, Relaxed);
+    FOLLOWED.store(false, Relaxed);
 }
 
 /// Reads the variable behind a setting without the thread check of `get`, which the hot path cannot afford.

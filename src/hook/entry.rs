@@ -24,7 +24,7 @@ const GAPS: usize = offset_of!(Process, ledger) + offset_of!(Ledger, cells) + of
 const FILTER: usize = offset_of!(Process, ledger) + offset_of!(Ledger, filter);
 const CALLERS: usize = offset_of!(Process, stacks) + offset_of!(Stacks, callers);
 /// The place of an address in the filter is its low 32 bits, times the one, shifted right by the other.
-const FILTER_LEFT: u32 = 1 << (32 - filter::ALIGNMENT - filter::PLACES.ilog2());
+const FILTER_LEFT: u32 = 1 << (32 - filter::GRAIN - filter::PLACES.ilog2());
 const FILTER_RIGHT: u32 = 32 - filter::PLACES.ilog2();
 // The entries below compute by shifts and masks.
 const _: () = assert!(callers::CALLERS == 256);

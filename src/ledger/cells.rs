@@ -24,7 +24,7 @@ const WINDOW: u32 = 64;
 /// allocation in a thousand is likely met again before.
 const QUIET: u32 = 1024;
 /// What comes and goes is sampled this many powers of two more sparsely.
-pub const SETTLED: u32 = 4;
+pub const SETTLED: u32 = 5;
 
 #[derive(Clone, Copy)]
 struct Cell {

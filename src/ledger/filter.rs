@@ -2,9 +2,9 @@
 //! after one look.
 
 /// Neighbouring chunks share a cache line of the filter, as they do one of the heap.
-pub const PLACES: usize = 1 << 17;
-/// Chunks are aligned to this power of two.
-pub const ALIGNMENT: u32 = 3;
+pub const PLACES: usize = 1 << 16;
+/// No two chunks begin within this power of two: it is the size of the smallest with its header.
+pub const GRAIN: u32 = 4;
 
 /// How many followed chunks lie at each place, as far as a byte can count.
 pub struct Filter(pub [u8; PLACES]);
@@ -16,7 +16,7 @@ impl Filter {
 
     #[inline]
     fn place(&mut self, address: u64) -> &mut u8 {
-        &mut self.0[(address >> ALIGNMENT) as usize % PLACES]
+        &mut self.0[(address >> GRAIN) as usize % PLACES]
     }
 
     #[inline]
@@ -35,7 +35,7 @@ impl Filter {
     /// What the hook's entries ask by themselves.
     #[cfg(test)]
     pub fn may_have(&self, address: u64) -> bool {
-        self.0[(address >> ALIGNMENT) as usize % PLACES] != 0
+        self.0[(address >> GRAIN) as usize % PLACES] != 0
     }
 
     pub fn clear(&mut self) {

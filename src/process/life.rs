@@ -109,6 +109,7 @@ unsafe extern "C" fn forked_in_child() {
     process.ticks = 0;
     // A free may ask the ledger before this process's own books begin.
     process.ledger.abandon();
+    settings::begin();
     if process.has_messages {
         process.stacks.forget();
     }
@@ -168,6 +169,7 @@ impl Process {
         self.slot = slot;
         self.query_id = pg_compat::query_id_place();
         self.own_slot = Some(&share.slots[slot as usize]);
+        self.wishes = self.own_slot.map_or(0, |slot| slot.wishes.load(Relaxed));
         self.followed = settings::Followed::NONE;
         self.follow_settings();
         true

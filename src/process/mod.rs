@@ -93,6 +93,8 @@ pub struct Process {
     checking: bool,
     /// The wish of `rheap_track` that is followed.
     tracked: u32,
+    /// The slot's count of wishes when they were last followed.
+    wishes: u32,
     /// The first walk is to be made before anything else is allocated.
     baseline_due: bool,
     followed: settings::Followed,
@@ -148,6 +150,7 @@ pub static PROCESS: Global = Global(UnsafeCell::new(Process {
     has_served: false,
     checking: false,
     tracked: 0,
+    wishes: 0,
     baseline_due: false,
     followed: settings::Followed::NONE,
     looks: 0,
@@ -269,13 +272,12 @@ impl Process {
         slot.track.load(Relaxed) != self.tracked
     }
 
-    /// Reads of every page: what has never been touched costs each forked child a fault when it looks there, and what
-    /// the parent has mapped, if only as zeros, costs none.
+    /// Reads every page of the filter, which frees look at all over: what has never been touched costs each forked child
+    /// a fault when it looks there, and what the parent has mapped, if only as zeros, costs none.
     fn touch(&self) {
-        let start = (&raw const *self).cast::<u8>();
-        for page in (0..size_of::<Process>()).step_by(4096) {
-            // SAFETY: inside this very struct.
-            unsafe { start.add(page).read_volatile() };
+        for byte in self.ledger.filter.0.iter().step_by(4096).chain(self.ledger.filter.0.last()) {
+            // SAFETY: a reference.
+            unsafe { (&raw const *byte).read_volatile() };
         }
     }
 

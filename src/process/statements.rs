@@ -64,7 +64,7 @@ impl Process {
     }
 
     /// A client's message has been dealt with.
-    #[inline]
+    #[inline(always)]
     fn statement_done(&mut self, slot: &'static Slot, in_block: bool) {
         // When the statement began is near enough, and known already.
         self.now = pg_compat::statement_start();
@@ -76,7 +76,7 @@ impl Process {
         if !in_block {
             slot.transaction.store(self.ledger.epoch, Relaxed);
         }
-        if slot.reset_pending() || !self.has_served || settings::changed() || self.must_follow_wish(slot) {
+        if settings::changed() || slot.wishes.load(Relaxed) != self.wishes {
             self.between_statements(slot);
         }
         // SAFETY: between two statements the tree is consistent.
@@ -94,9 +94,10 @@ impl Process {
         self.publish(slot);
     }
 
-    /// What seldom has to be done.
+    /// What seldom has to be done, and after the first message.
     #[cold]
     fn between_statements(&mut self, slot: &'static Slot) {
+        self.wishes = slot.wishes.load(Acquire);
         if slot.reset_pending() {
             self.forget();
         }
@@ -194,16 +195,35 @@ pub fn first_message() {
 pub fn message_done() {
     // SAFETY: as for `guarded`.
     let process = unsafe { current() };
-    let transaction = pg_compat::transaction();
-    if process.state == State::Busy || process.has_served && transaction == Transaction::Implicit {
+    if process.state == State::Busy {
         return;
     }
+    if pg_compat::is_without_transaction() {
+        done(process, false);
+    } else {
+        message_done_within();
+    }
+}
+
+/// The same within a transaction.
+#[inline(never)]
+fn message_done_within() {
+    // SAFETY: as for `guarded`.
+    let process = unsafe { current() };
+    match pg_compat::transaction() {
+        Transaction::Implicit if process.has_served => (),
+        transaction => done(process, transaction == Transaction::Block),
+    }
+}
+
+#[inline(always)]
+fn done(process: &mut Process, in_block: bool) {
     process.enter();
     let mut state = State::Refused;
     if process.own_slot.is_some() || process.attach() {
         state = State::Ready;
         if let Some(slot) = process.slot() {
-            process.statement_done(slot, transaction == Transaction::Block);
+            process.statement_done(slot, in_block);
         }
     }
     process.leave(state);

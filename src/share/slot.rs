@@ -31,6 +31,8 @@ pub struct Slot {
     pub own_bytes: AtomicU64,
     pub context_bytes: AtomicU64,
     pub walk_times: [AtomicI64; HISTORY],
+    /// How often somebody has wished for anything: `resets` and `track`.
+    pub wishes: AtomicU32,
     /// How often somebody has wished, since the owner last did so, that it forgets its history.
     pub resets: AtomicU32,
     /// When the owner took it; microseconds since 2000-01-01.
@@ -49,6 +51,18 @@ impl Slot {
     #[inline(always)]
     pub fn reset_pending(&self) -> bool {
         self.resets.load(Acquire) != 0
+    }
+
+    /// Wishes that the owner forgets its history.
+    pub fn wish_reset(&self) {
+        self.resets.fetch_add(1, AcqRel);
+        self.wishes.fetch_add(1, Release);
+    }
+
+    /// Wishes that the owner follows a mode; see `track`.
+    pub fn wish_mode(&self, mode: u32) {
+        self.track.store(mode, Relaxed);
+        self.wishes.fetch_add(1, Release);
     }
 
     #[inline]

@@ -1,7 +1,5 @@
 //! `rheap_reset`.
 
-use std::sync::atomic::Ordering::*;
-
 use pgrx::prelude::*;
 
 /// Forgets the history of one process or of all. Takes effect at once for readers; the process itself follows when
@@ -10,6 +8,6 @@ use pgrx::prelude::*;
 fn rheap_reset(pid: default!(Option<i32>, "NULL")) {
     let (_, slots) = super::slots("rheap_reset", pid);
     for (_, _, slot) in slots {
-        slot.resets.fetch_add(1, AcqRel);
+        slot.wish_reset();
     }
 }

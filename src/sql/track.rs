@@ -1,7 +1,5 @@
 //! `rheap_track`.
 
-use std::sync::atomic::Ordering::*;
-
 use pgrx::PgSqlErrorCode;
 use pgrx::prelude::*;
 
@@ -31,6 +29,6 @@ pub fn rheap_track(pid: Option<i32>, mode: Option<Text>) {
     };
     let (_, slots) = super::slots("rheap_track", Some(pid));
     for (_, _, slot) in slots {
-        slot.track.store(wish, Relaxed);
+        slot.wish_mode(wish);
     }
 }

@@ -54,8 +54,8 @@ pub struct Walk {
     paths: Table<Found>,
     /// Microseconds, as `process::now`.
     next: i64,
-    /// When that was decided: if it is before then again, the clock has been set back.
-    decided: i64,
+    /// That was decided well after this: if it is before then again, the clock has been set back.
+    not_before: i64,
     /// Until this the process counts as starting: what it holds then is its baseline.
     started: i64,
     /// Not before this, whatever has happened.
@@ -80,7 +80,7 @@ impl Walk {
         Walk {
             paths: Table::new(),
             next: 0,
-            decided: 0,
+            not_before: 0,
             started: 0,
             earliest: 0,
             held: 0,
@@ -98,7 +98,7 @@ impl Walk {
 
     #[inline]
     fn is_set_back(&self, now: i64) -> bool {
-        now < self.decided - SET_BACK
+        now < self.not_before
     }
 
     /// A walk has been made since leaks were last looked for.
@@ -116,7 +116,7 @@ impl Walk {
     /// The same for a process whose history is its own.
     pub fn forget(&mut self, now: i64, budget: &mut Budget) {
         self.paths.clear(budget);
-        (self.decided, self.earliest) = (now, 0);
+        (self.not_before, self.earliest) = (now - SET_BACK, 0);
         self.next = now + settings::walk_interval_ms() as i64 * 1000;
         self.started = self.next;
     }
@@ -209,7 +209,7 @@ pub unsafe fn walk(process: &mut Process, slot: &Slot, within: bool) {
     slot.walks.store(number, Release);
     let duration = clock() - start;
     let now = process::now();
-    process.walk.decided = now;
+    process.walk.not_before = now - SET_BACK;
     process.walk.earliest = now + duration * PART;
     process.walk.next = process.walk.earliest.max(now + settings::walk_interval_ms() as i64 * 1000);
     process.walk.held = process.ledger.held_bytes();
@@ -375,7 +375,7 @@ mod tests {
     fn a_clock_that_is_set_back_does_not_put_walks_off() {
         let mut walk = Walk::new();
         let hour = 3_600_000_000;
-        (walk.decided, walk.earliest, walk.next) = (10 * hour, 10 * hour + 500, 10 * hour + 1000);
+        (walk.not_before, walk.earliest, walk.next) = (10 * hour - SET_BACK, 10 * hour + 500, 10 * hour + 1000);
         assert!(!walk.is_due(10 * hour + 999) && walk.is_due(10 * hour + 1000));
         assert!(!walk.is_due(10 * hour - 30_000_000), "a statement that began before the walk");
         assert!(walk.is_due(9 * hour), "the clock was set back");

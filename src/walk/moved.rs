@@ -24,8 +24,22 @@ impl Moved {
 ///
 /// # Safety
 /// The tree is consistent.
-#[inline]
+#[inline(always)]
 pub unsafe fn look(process: &mut Process) {
+    // SAFETY: the links of a consistent tree, which has a root.
+    unsafe {
+        let (caches, [of_caches, of_top]) = (pg_sys::CacheMemoryContext, process.walk.moved.0);
+        if (caches.is_null() || (*caches).firstchild == of_caches) && (*pg_sys::TopMemoryContext).firstchild == of_top {
+            return;
+        }
+        look_closer(process);
+    }
+}
+
+/// # Safety
+/// As for `look`.
+#[inline(never)]
+unsafe fn look_closer(process: &mut Process) {
     // SAFETY: the links of a consistent tree.
     unsafe {
         for (i, parent) in [pg_sys::CacheMemoryContext, pg_sys::TopMemoryContext].into_iter().enumerate() {
