@@ -1,6 +1,7 @@
 """Each way to load rheap, and the server on which it must not hook."""
 
 import re
+import subprocess
 import time
 
 import pytest
@@ -16,6 +17,18 @@ def plain(server):
         cluster.sql("CREATE EXTENSION rheap")
         cluster.run_file(HERE / "modules/leaky.sql")
         yield cluster
+
+
+def test_what_a_new_process_writes_is_on_one_page(server):
+    """Each page more costs every connection a fault, and each library more some mappings."""
+    library = subprocess.check_output([server, "--pkglibdir"], text=True).strip() + "/rheap.so"
+    symbols = subprocess.check_output(["nm", "--defined-only", library], text=True)
+    found = {name: (int(at, 16), kind) for at, kind, name in re.findall(r"(\w+) (\w) _ZN5rheap\w*?(TABLES|PROCESS)17h", symbols)}
+    (tables, kind), (process, _) = found["TABLES"], found["PROCESS"]
+    # All zero, so that it is no part of the file. The tables begin with two pages that are only read.
+    assert kind == "b" and tables % 4096 == 0 and process // 4096 == tables // 4096 + 2, found
+    needed = re.findall(r"NEEDED.*\[(.*)\]", subprocess.check_output(["readelf", "-dW", library], text=True))
+    assert all(name.startswith(("libc.", "libm.", "ld-linux")) for name in needed), needed
 
 
 def own_leak(session):

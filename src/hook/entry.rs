@@ -26,6 +26,13 @@ const CALLERS: usize = offset_of!(Process, stacks) + offset_of!(Stacks, callers)
 /// The place of an address in the filter is its low 32 bits, times the one, shifted right by the other.
 const FILTER_LEFT: u32 = 1 << (32 - filter::GRAIN - filter::PLACES.ilog2());
 const FILTER_RIGHT: u32 = 32 - filter::PLACES.ilog2();
+// On one page, with a line to spare for what else lies there: see hot.ld.
+const _: () = assert!(
+    size_of::<Tables>() - size_of::<[*const (); tables::LEARNED]>()
+        + offset_of!(Process, ledger)
+        + offset_of!(Ledger, cells)
+        < 4096 - 64
+);
 // The entries below compute by shifts and masks.
 const _: () = assert!(callers::CALLERS == 256);
 const _: () = assert!(cells::CELLS.is_power_of_two() && filter::PLACES.is_power_of_two());

@@ -82,7 +82,7 @@ pub struct Ledger {
     /// Records given up because the budget was exhausted.
     dropped: u64,
     /// Bytes that all accounts together hold, in the fixed point of the accounts.
-    held: u64,
+    pub held: u64,
     /// Records whose chunk was freed, less the pending chunks that were given one.
     balance: u64,
     last_context: u32,

@@ -104,7 +104,7 @@ pub struct Process {
     /// Milliseconds of processor time between two ticks; 0: none.
     ticks: i32,
     now: i64,
-    /// Bytes alive in the ledger after the last statement.
+    /// What the ledger held after the last statement.
     held: u64,
     /// Allocations that passed the hook's entry because their cell did not ask for them.
     pub passed: u64,
@@ -240,10 +240,12 @@ impl Process {
     }
 
     #[inline]
-    fn next_epoch(&mut self, slot: &Slot) {
+    fn next_epoch(&mut self, slot: &Slot) -> u32 {
         // 0 would mean none; no process gets through them twice.
-        self.ledger.epoch = self.ledger.epoch.wrapping_add(1);
-        slot.epoch.store(self.ledger.epoch, Relaxed);
+        let epoch = self.ledger.epoch.wrapping_add(1);
+        self.ledger.epoch = epoch;
+        slot.epoch.store(epoch, Relaxed);
+        epoch
     }
 
     fn own_bytes(&self) -> u64 {

@@ -70,26 +70,25 @@ impl Process {
         self.now = pg_compat::statement_start();
         self.flush(if in_block { Due::Message } else { Due::Statement });
         // Who watches the process does not change its work.
-        if !self.has_answered {
-            self.next_epoch(slot);
-        }
+        let epoch = if self.has_answered { self.ledger.epoch } else { self.next_epoch(slot) };
         if !in_block {
-            slot.transaction.store(self.ledger.epoch, Relaxed);
+            slot.transaction.store(epoch, Relaxed);
         }
         if settings::changed() || slot.wishes.load(Relaxed) != self.wishes {
             self.between_statements(slot);
         }
         // SAFETY: between two statements the tree is consistent.
         unsafe { crate::walk::moved::look(self) };
-        if self.ledger.held_bytes() != self.held {
-            self.held = self.ledger.held_bytes();
+        if self.ledger.held != self.held {
+            self.held = self.ledger.held;
             // The statement may have taken long.
             self.now = now();
-            self.walk.note_held(self.held, self.now);
+            self.walk.note_held(self.ledger.held_bytes(), self.now);
         }
         if self.walk.is_due(self.now) {
             self.look_at(slot, false);
         }
+        // What a walk within a statement sees is gone soon.
         self.looks = self.look_every;
         self.publish(slot);
     }
