@@ -25,7 +25,7 @@ use crate::verdict::proportion::Held;
 /// What a backend's first message allocates is sampled this many powers of two more sparsely, since it fills caches, and
 /// even more so until the first sample: most are no larger than that.
 const FILLS: u32 = 4;
-const FIRST: u32 = 8;
+const FIRST: u32 = 7;
 
 /// Milliseconds of processor time within which a busy process notices what `rheap_track` wishes.
 const WISH: i32 = 500;

@@ -94,6 +94,8 @@ const HABIT: u32 = 3;
 /// worth one.
 const BURST_BYTES: u64 = 1 << 20;
 const BURST_COUNT: u64 = 1000;
+/// Fewer samples than this may be chance.
+const BURST_SAMPLES: u64 = 8;
 const LARGE_BURST: u64 = 16 << 20;
 const RECENT_BURST: u32 = 64;
 /// Of the pace in the earlier half of its life, what a growth has lost that saturates, or may be about to.
@@ -131,6 +133,7 @@ pub fn judge(e: &Evidence) -> Judgement {
         let settled = e.epoch.saturating_sub(e.last_epoch);
         let freed = e.alloc_count.saturating_sub(e.live_count);
         let burst = e.live_bytes >= BURST_BYTES && e.live_count >= BURST_COUNT && freed * 10 < e.alloc_count;
+        let burst = burst && (!e.sampled || ages.records >= BURST_SAMPLES);
         return if burst && (settled < RECENT_BURST || e.live_bytes >= LARGE_BURST) {
             done(
                 Verdict::Suspect,

@@ -158,6 +158,17 @@ fn one_burst_is_suspect_at_most() {
 }
 
 #[test]
+fn a_burst_of_a_few_samples_is_none() {
+    let judged = |records: u32| {
+        let counts = Evidence { live_bytes: 2 << 20, live_count: 20_000, alloc_count: 20_000, ..Evidence::default() };
+        let mut e = Evidence { sampled: true, first_epoch: 1, last_epoch: 1, epoch: 2, bin_width: 1, ..counts };
+        e.ages[0] = Age { records, generations: 1, bytes: 2 << 20 };
+        judge(&e)
+    };
+    assert_eq!((judged(7).verdict, judged(8).verdict), (Verdict::Steady, Verdict::Suspect));
+}
+
+#[test]
 fn a_cache_that_fills_and_stops_is_a_cache() {
     assert_eq!(site(2000, 10, |epoch| if epoch < 100 { 10 } else { 0 }).verdict, Verdict::Cache);
     let slowing = site(4096, 10, |epoch| (epoch < 100 || (epoch < 3000 && epoch % 500 == 0)) as u32 * 10);
