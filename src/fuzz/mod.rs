@@ -129,7 +129,7 @@ proptest! {
             }
         }
         // No signal is sent to whoever stands in the noise: 0 only asks.
-        for slot in share.slots { slot.pid.store(i32::MAX - 3, Relaxed); }
+        for owner in share.owners { owner.store(i32::MAX - 3, Relaxed); }
         share.bury_dead(5);
         let mut symbols = Symbols::new(&share);
         for id in 0..600 {
@@ -143,7 +143,7 @@ proptest! {
         }
         for site in share.sites.rows { let _ = (site.copy(), site.held(), site.generations()); }
         for row in share.rows.rows { let _ = (row.copy(), row.held()); }
-        for slot in share.slots { slot::alive(slot.pid.load(Relaxed)); }
+        for owner in share.owners { slot::alive(owner.load(Relaxed)); }
         share.release_dead(None);
         let claimed = share.claim_slot(std::process::id() as i32, 4);
         prop_assert!(claimed.is_some());

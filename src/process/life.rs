@@ -192,7 +192,8 @@ impl Process {
             self.stacks.forget();
         }
         // A sender's long command looks like a message.
-        hook::ask_about_all(followed.scope_all || kind == pg_sys::BackendType::B_WAL_SENDER as i32);
+        let is_sender = kind == pg_sys::BackendType::B_WAL_SENDER as i32;
+        hook::ask_about_all(followed.scope_all || is_sender || self.baseline_due);
         self.followed = followed;
         slot.backend_type.store(kind, Relaxed);
         slot.without_messages.store(pg_compat::has_no_messages(kind) as u32, Relaxed);
@@ -213,7 +214,7 @@ impl Process {
             }
             // What allocates little can always be exact.
             _ if followed.mode == Mode::Exact as u32 || !pg_compat::allocates_much(kind as _) => Precision::Exact,
-            _ if self.has_served || slot.has_no_messages() => Precision::Sampled(rate),
+            _ if slot.has_no_messages() || self.has_served && !self.baseline_due => Precision::Sampled(rate),
             // The first statement fills caches; the many sessions that have no other should not pay for more.
             _ if self.has_messages => Precision::SampledAtOnce { first: rate << FIRST, then: rate << FILLS },
             // A child that has not said yet what it is: its books begin when it has.

@@ -6,7 +6,7 @@ use super::{Process, State, current, guarded, life, now};
 use crate::ledger::Due;
 use crate::pg_compat::Transaction;
 use crate::share::slot::{POSTMASTER, Slot};
-use crate::{hook, pg_compat, settings};
+use crate::{pg_compat, settings};
 
 /// Recorded allocations between two looks at the clock within a statement, and within a sender's command, which has no
 /// end and uses little processor time.
@@ -101,15 +101,13 @@ impl Process {
             self.forget();
         }
         self.query_id = pg_compat::query_id_place();
-        let first = !std::mem::replace(&mut self.has_served, true);
+        if !std::mem::replace(&mut self.has_served, true) {
+            // The baseline is taken when the next statement begins, if there is one.
+            self.baseline_due = true;
+        }
         self.has_messages = true;
         slot.has_messages.store(1, Relaxed);
         self.follow_settings();
-        if first {
-            // The baseline is taken when the next statement begins, if there is one.
-            self.baseline_due = true;
-            hook::ask_about_all(true);
-        }
     }
 }
 

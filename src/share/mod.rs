@@ -11,7 +11,7 @@ pub mod row;
 pub mod slot;
 
 use std::fmt::Write;
-use std::sync::atomic::{AtomicU32, AtomicU64, Ordering::*, fence};
+use std::sync::atomic::{AtomicI32, AtomicU32, AtomicU64, Ordering::*, fence};
 
 use crate::ledger::Sites;
 use crate::ledger::account::{Site, SiteCopy};
@@ -30,6 +30,8 @@ const RULES: usize = 8192;
 
 #[derive(Clone, Copy)]
 pub struct Share {
+    /// Who owns each slot: a pid; 0: nobody. By themselves, since a new process looks at all of them.
+    pub owners: &'static [AtomicI32],
     pub slots: &'static [Slot],
     pub sites: Pool<Site>,
     pub rows: Pool<Row>,
@@ -92,6 +94,7 @@ impl Cutter {
 
     fn share(&mut self, processes: usize, call_sites: usize) -> Share {
         Share {
+            owners: self.cut(processes),
             slots: self.cut(processes),
             sites: self.pool(call_sites),
             rows: self.pool(processes * ROWS_PER_PROCESS),
@@ -179,7 +182,7 @@ impl Share {
         let ending = self.ending_of(index, pid, how, at, |_| false);
         // Whoever takes the slot meanwhile does it instead; of two who get here, the first is heard.
         fence(Acquire);
-        if slot.pid.load(Acquire) != holder || slot.buried.swap(pid, AcqRel) == pid {
+        if self.owners[index as usize].load(Acquire) != holder || slot.buried.swap(pid, AcqRel) == pid {
             return;
         }
         if let Some(ending) = ending
@@ -192,17 +195,18 @@ impl Share {
     /// Buries all that are dead. Those found together count as dead by themselves; those that the server ends because
     /// of them are found later. Takes no memory and no lock.
     pub fn bury_dead(&self, now: i64) {
-        let dead = |slot: &Slot, gone: fn(i32) -> bool| {
-            let pid = slot.pid.load(Acquire);
-            (pid != 0 && slot.buried.load(Relaxed) != pid && gone(pid)).then_some(pid)
+        let unburied = || {
+            let owned = self.owners.iter().zip(self.slots).enumerate();
+            let pids = owned.map(|(i, (owner, slot))| (i as u32, owner.load(Acquire), slot.buried.load(Relaxed)));
+            pids.filter(|&(_, pid, buried)| pid != 0 && pid != buried)
         };
-        if !self.slots.iter().any(|slot| dead(slot, |pid| !slot::alive(pid)).is_some()) {
+        if unburied().all(|(_, pid, _)| slot::alive(pid)) {
             return;
         }
         let last_kill = self.endings.last_kill();
-        for (index, slot) in self.slots.iter().enumerate() {
-            if let Some(pid) = dead(slot, |pid| !slot::alive(pid) || slot::is_zombie(pid)) {
-                self.bury(index as u32, pid, pid, now, last_kill);
+        for (index, pid, _) in unburied() {
+            if !slot::alive(pid) || slot::is_zombie(pid) {
+                self.bury(index, pid, pid, now, last_kill);
             }
         }
     }
@@ -210,7 +214,7 @@ impl Share {
     /// The mapping as it is, for tests that damage it.
     #[cfg(test)]
     pub fn raw_words(&self) -> &'static [std::sync::atomic::AtomicU64] {
-        let start = self.slots.as_ptr() as usize;
+        let start = self.owners.as_ptr() as usize;
         let end = &raw const *self.full_logged as usize + size_of::<AtomicU32>();
         // SAFETY: from the first to the last of what is cut from the mapping; all of it is atomics.
         unsafe { std::slice::from_raw_parts(start as *const _, (end - start) / 8) }
@@ -220,7 +224,7 @@ impl Share {
     pub fn claim_slot(&self, pid: i32, backend_type: i32) -> Option<u32> {
         let take = |index: usize, expected: i32| {
             let slot = &self.slots[index];
-            slot.pid.compare_exchange(expected, pid, AcqRel, Relaxed).is_ok().then(|| {
+            self.owners[index].compare_exchange(expected, pid, AcqRel, Relaxed).is_ok().then(|| {
                 // What a predecessor left that never said goodbye.
                 if expected != 0 {
                     let (now, last_kill) = (crate::process::precisely_now(), self.endings.last_kill());
@@ -235,14 +239,23 @@ impl Share {
                 index as u32
             })
         };
-        let start = pid as usize % self.slots.len();
-        let order = || (0..self.slots.len()).map(|i| (start + i) % self.slots.len());
-        let owner = |index: usize| self.slots[index].pid.load(Relaxed);
+        let start = pid as usize % self.owners.len();
         // Of an earlier process of the same id, which was killed; else a free one; else one of any dead process.
         // The owner is looked up once: who was judged is who is replaced.
         let find = |judge: &dyn Fn(i32) -> bool| {
-            order().map(|i| (i, owner(i))).filter(|&(_, pid)| judge(pid)).find_map(|(i, pid)| take(i, pid))
+            for index in (start..self.owners.len()).chain(0..start) {
+                let owner = self.owners[index].load(Relaxed);
+                if judge(owner)
+                    && let Some(slot) = take(index, owner)
+                {
+                    return Some(slot);
+                }
+            }
+            None
         };
+        // A new process has nothing of the mapping mapped. If it writes first, the kernel gives it this page; if it
+        // reads, sixteen, for five times the price.
+        self.owners[start].fetch_or(0, Relaxed);
         find(&|owner| owner == pid).or_else(|| find(&|owner| owner == 0)).or_else(|| find(&|owner| !slot::alive(owner)))
     }
 
@@ -255,10 +268,10 @@ impl Share {
     }
 
     fn release_slot_after(&self, index: u32, pid: i32, release: impl FnOnce()) {
-        let slot = &self.slots[index as usize];
-        if slot.pid.load(Acquire) == pid {
+        let owner = &self.owners[index as usize];
+        if owner.load(Acquire) == pid {
             release();
-            slot.pid.store(0, Release);
+            owner.store(0, Release);
         }
     }
 
@@ -271,8 +284,8 @@ impl Share {
     /// Gives back all slots of dead processes, whose books would keep others from theirs. Only while nobody but the
     /// caller can claim a slot.
     pub fn release_dead(&self, own: Option<u32>) {
-        for (index, slot) in self.slots.iter().enumerate() {
-            let pid = slot.pid.load(Acquire);
+        for (index, owner) in self.owners.iter().enumerate() {
+            let pid = owner.load(Acquire);
             if own != Some(index as u32) && pid != 0 && !slot::alive(pid) {
                 self.release_slot_after(index as u32, pid, || self.release_chunks(index as u32));
             }
@@ -281,7 +294,8 @@ impl Share {
 
     /// Slots of processes that live, with their numbers and their owners: a look later it may be somebody else's.
     pub fn live_slots(&self) -> impl Iterator<Item = (u32, i32, &'static Slot)> + '_ {
-        let owned = self.slots.iter().enumerate().map(|(i, slot)| (i as u32, slot.pid.load(Acquire), slot));
+        let slots = self.owners.iter().zip(self.slots).enumerate();
+        let owned = slots.map(|(i, (owner, slot))| (i as u32, owner.load(Acquire), slot));
         owned.filter(|&(_, pid, _)| slot::alive(pid))
     }
 
@@ -289,7 +303,7 @@ impl Share {
     pub fn held_by(&self, index: u32, pid: i32) -> (Vec<SiteCopy>, Vec<RowCopy>) {
         let (sites, rows) = (self.sites.copies(index, Site::copy), self.rows.copies(index, Row::copy));
         fence(Acquire);
-        if self.slots[index as usize].pid.load(Acquire) == pid { (sites, rows) } else { (Vec::new(), Vec::new()) }
+        if self.owners[index as usize].load(Acquire) == pid { (sites, rows) } else { (Vec::new(), Vec::new()) }
     }
 
     /// The path of a context's parent; 0 at the top.
@@ -389,7 +403,7 @@ mod tests {
         share.bury(index, pid, pid, 6, 0);
         assert_eq!(kept(), [(pid, How::Killed)]);
         // Of its successor it is not said that he is buried already.
-        share.slots[index as usize].pid.store(pid + 1, Relaxed);
+        share.owners[index as usize].store(pid + 1, Relaxed);
         share.bury(index, pid + 1, pid + 1, 7, 0);
         assert_eq!(kept().len(), 2);
     }

@@ -4,12 +4,10 @@ use std::sync::atomic::{AtomicI32, AtomicI64, AtomicU32, AtomicU64, Ordering::*}
 
 use crate::ledger::account::HISTORY;
 
-/// All zero bytes are a free slot.
+/// All zero bytes are a new one.
 #[derive(Default)]
 #[repr(C, align(128))]
 pub struct Slot {
-    /// Who owns the slot; 0: nobody.
-    pub pid: AtomicI32,
     /// `BackendType` of the server, as far as known; [`POSTMASTER`] for the postmaster.
     pub backend_type: AtomicI32,
     /// Ordinal of `rheap.mode` as it is in effect.
