@@ -253,9 +253,6 @@ impl Share {
             }
             None
         };
-        // A new process has nothing of the mapping mapped. If it writes first, the kernel gives it this page; if it
-        // reads, sixteen, for five times the price.
-        self.owners[start].fetch_or(0, Relaxed);
         find(&|owner| owner == pid).or_else(|| find(&|owner| owner == 0)).or_else(|| find(&|owner| !slot::alive(owner)))
     }
 
