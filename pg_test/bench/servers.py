@@ -110,9 +110,9 @@ def under_uprobe(cluster, part=LEAK.replace("10000000", "1000000")):
             probe.kill()
 
 
-def connection_storm(pg_config, major, rounds=24, connections=500):
+def connection_storm(pg_config, major, rounds=60, connections=200):
     """Connections one after another, in alternating runs. One cluster is started anew for each: two that are configured
-    alike differ by several per cent, for as long as they run."""
+    alike differ by several per cent, for as long as they run, so that many starts tell more than many connections."""
     with Cluster(pg_config) as cluster:
         cluster.pgbench("-i", "-q")
 

@@ -84,7 +84,7 @@ pub struct Judgement {
     pub generations: u32,
     pub growth_bytes_per_s: f64,
     pub reason: String,
-    /// All that is alive was allocated in the transaction at hand.
+    /// All that is alive was allocated in the transaction at hand, as far as ages tell.
     pub of_transaction: bool,
 }
 
@@ -118,7 +118,8 @@ pub fn judge(e: &Evidence) -> Judgement {
         generations,
         growth_bytes_per_s: slope(e),
         reason,
-        of_transaction: e.transaction != 0 && ages.first >= e.transaction,
+        // A bin that the transaction begins in counts as its own: what was there before may be long gone.
+        of_transaction: e.transaction != 0 && ages.first as u64 + e.bin_width > e.transaction as u64,
     };
     let fate = e.fate();
     if e.live_count == 0 {

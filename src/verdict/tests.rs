@@ -324,11 +324,25 @@ fn what_a_transaction_has_allocated_is_told_apart() {
             b.allocate(CHUNK)
         }
     });
-    let of_transaction = |transaction: u32| {
+    let of_transaction = |b: &Bench, transaction: u32| {
         let mut b = Bench { e: Evidence { transaction, ..b.e.clone() }, live: b.live.clone(), epoch: b.epoch };
         b.run(0, |_| ()).of_transaction
     };
-    assert!(of_transaction(51) && !of_transaction(52) && !of_transaction(0));
+    // Fifty epochs in sixteen bins: four to each.
+    assert!(of_transaction(&b, 51) && of_transaction(&b, 54) && !of_transaction(&b, 55) && !of_transaction(&b, 0));
+}
+
+#[test]
+fn a_sort_in_a_long_statement_is_of_its_transaction() {
+    // Sorts of earlier statements at the same place; then one that many walks look at, each the end of an epoch.
+    let mut b = Bench::new();
+    b.run(1000, |b| {
+        b.allocate(CHUNK);
+        b.live.clear();
+    });
+    b.e.transaction = 1001;
+    let j = b.run(15, |b| b.allocate(CHUNK));
+    assert!(j.of_transaction, "{j:?}");
 }
 
 #[test]
