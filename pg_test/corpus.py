@@ -105,7 +105,7 @@ def leaks():
             "DECLARE c{n} CURSOR WITH HOLD FOR SELECT * FROM generate_series(1, 3)"], context="PortalHoldContext", alone=True),
         Scenario("row types", True, ["".join(
             f"CREATE TYPE pg_temp.t{i} AS (a int, b text); SELECT ROW(1, 'x')::pg_temp.t{i};"
-            f" DROP TYPE pg_temp.t{i};" for i in range(20))], function=("lookup_type_cache",), alone=True, enough=40),
+            f" DROP TYPE pg_temp.t{i};" for i in range(20))], function=("lookup_type_cache",), alone=True, enough=120),
     ]
     others = [
         Scenario("background worker", True, [], function=("worker_site",), process="corpus worker",
