@@ -98,7 +98,8 @@ def leaks():
         Scenario("error path", True, ["SELECT corpus_error({n})"], function=("error_site",)),
         Scenario("plpgsql functions", True, [
             "CREATE FUNCTION pg_temp.f{n}() RETURNS int LANGUAGE plpgsql AS 'BEGIN RETURN {n}; END'",
-            "SELECT pg_temp.f{n}()", "DROP FUNCTION pg_temp.f{n}()"], function=("plpgsql_compile", "do_compile"), context="PL/pgSQL function", alone=True),
+            "SELECT pg_temp.f{n}()", "DROP FUNCTION pg_temp.f{n}()"], function=("plpgsql_compile", "do_compile"),
+            context="PL/pgSQL function", alone=True, enough=500),
         Scenario("prepared statements", True, [
             "PREPARE p{n} AS SELECT count(*) FROM pg_class WHERE oid = {n}"], function=("PrepareQuery",), context="CachedPlanSource", alone=True),
         Scenario("cursors with hold", True, [
