@@ -35,7 +35,7 @@ class Scenario:
     also: tuple = ()
     # All that stays in the process is of this one leak.
     alone: bool = False
-    # Units that it takes, however slow the machine, to outgrow what the server's own caches are believed to hold.
+    # Units that it takes, however slow the machine, until a walk has seen more than a cache of the server's may hold.
     enough: int = 0
     # Filled by the run.
     truth: int = 0
@@ -99,7 +99,7 @@ def leaks():
         Scenario("plpgsql functions", True, [
             "CREATE FUNCTION pg_temp.f{n}() RETURNS int LANGUAGE plpgsql AS 'BEGIN RETURN {n}; END'",
             "SELECT pg_temp.f{n}()", "DROP FUNCTION pg_temp.f{n}()"], function=("plpgsql_compile", "do_compile"),
-            context="PL/pgSQL function", alone=True, enough=500),
+            context="PL/pgSQL function", alone=True, enough=800),
         Scenario("prepared statements", True, [
             "PREPARE p{n} AS SELECT count(*) FROM pg_class WHERE oid = {n}"], function=("PrepareQuery",), context="CachedPlanSource", alone=True),
         Scenario("cursors with hold", True, [
