@@ -99,14 +99,14 @@ def leaks():
         Scenario("plpgsql functions", True, [
             "CREATE FUNCTION pg_temp.f{n}() RETURNS int LANGUAGE plpgsql AS 'BEGIN RETURN {n}; END'",
             "SELECT pg_temp.f{n}()", "DROP FUNCTION pg_temp.f{n}()"], function=("plpgsql_compile", "do_compile"),
-            context="PL/pgSQL function", alone=True, enough=800),
+            context="PL/pgSQL function", alone=True, enough=400),
         Scenario("prepared statements", True, [
             "PREPARE p{n} AS SELECT count(*) FROM pg_class WHERE oid = {n}"], function=("PrepareQuery",), context="CachedPlanSource", alone=True),
         Scenario("cursors with hold", True, [
             "DECLARE c{n} CURSOR WITH HOLD FOR SELECT * FROM generate_series(1, 3)"], context="PortalHoldContext", alone=True),
         Scenario("row types", True, ["".join(
             f"CREATE TYPE pg_temp.t{i} AS (a int, b text); SELECT ROW(1, 'x')::pg_temp.t{i};"
-            f" DROP TYPE pg_temp.t{i};" for i in range(20))], function=("lookup_type_cache",), alone=True, enough=120),
+            f" DROP TYPE pg_temp.t{i};" for i in range(20))], function=("lookup_type_cache",), alone=True, enough=60),
     ]
     others = [
         Scenario("background worker", True, [], function=("worker_site",), process="corpus worker",
