@@ -12,6 +12,10 @@ case $major in
     15|16|17|18) ;;
     *) echo "install.sh: PostgreSQL $major is not supported; rheap knows 15, 16, 17 and 18" >&2; exit 1;;
 esac
+for other in "$@"; do
+    [[ $("$other" --version) == "PostgreSQL $major"* ]] || {
+        echo "install.sh: '$other' is not of PostgreSQL $major like the first; write one command for each major version" >&2; exit 1; }
+done
 command -v cargo >/dev/null || { echo "install.sh: cargo is missing; install Rust 1.88 or later (https://rustup.rs)" >&2; exit 1; }
 [ -e "$("$pg_config" --includedir-server)/postgres.h" ] || {
     echo "install.sh: the server's headers are missing; on Debian: apt-get install postgresql-server-dev-$major" >&2; exit 1; }
