@@ -48,55 +48,66 @@ macro_rules! with_registers {
 }
 
 /// The first palloc of a context of one allocator: a context whose parent is transient, and whose name is not one of
-/// those that outlived their parents before, points at its pass table from now on.
+/// those that outlived their parents before, points at its pass table from now on; one among the caches, as most that a
+/// session makes at its start, at its watch table.
 macro_rules! first_touch {
     ($name:ident, $kind:literal) => {
         #[unsafe(naked)]
         unsafe extern "C-unwind" fn $name() {
             core::arch::naked_asm!(
-                "mov rax, [rdi + {parent}]",
-                "test rax, rax",
-                "jz 3f",
-                "mov rax, [rax + {methods}]",
+                "mov rcx, [rdi + {parent}]",
+                "test rcx, rcx",
+                "jz 4f",
+                "mov rax, [rcx + {methods}]",
                 "lea r9, [rip + {tables} + {pass}]",
                 "sub rax, r9",
                 "cmp rax, [rip + {tables} + {span}]",
-                "jae 3f",
+                "jae 2f",
                 "mov r10, [rdi + {context_name}]",
                 "mov eax, r10d",
                 "and eax, {learned_mask}",
                 "cmp [r9 + rax * 8 + {learned}], r10",
-                "je 3f",
+                "je 4f",
                 ".if {pair}",
                 "add r9, {pair}",
                 ".endif",
                 "mov [rdi + {methods}], r9",
                 "jmp [r9 + {original_alloc}]",
-                // The one context of each statement whose parent does not tell.
-                "3:",
-                "mov rax, [rip + {transaction}@GOTPCREL]",
-                "cmp rdi, [rax]",
-                "jne 4f",
+                "2:",
                 "cmp qword ptr [rip + {tables} + {span}], 0",
                 "je 4f",
+                // The one context of each statement whose parent does not tell.
+                "mov rax, [rip + {transaction}@GOTPCREL]",
+                "cmp rdi, [rax]",
+                "jne 3f",
                 "lea rax, [rip + {tables} + {pass} + {pair}]",
                 "mov [rdi + {methods}], rax",
                 "jmp [rax + {original_alloc}]",
+                "3:",
+                "mov rax, [rip + {caches}@GOTPCREL]",
+                "cmp rcx, [rax]",
+                "jne 4f",
+                "lea rax, [rip + {tables} + {watch} + {pair}]",
+                "mov [rdi + {methods}], rax",
+                "jmp [rax + {active_alloc}]",
                 "4:",
                 "mov rcx, rsp",
                 "mov r8, rbp",
                 "jmp {slow}",
                 transaction = sym pg_sys::TopTransactionContext,
+                caches = sym pg_sys::CacheMemoryContext,
                 parent = const offset_of!(MemoryContextData, parent),
                 context_name = const offset_of!(MemoryContextData, name),
                 methods = const METHODS,
                 tables = sym TABLES,
                 pass = const offset_of!(Tables, pass),
+                watch = const offset_of!(Tables, watch),
                 span = const offset_of!(Tables, pass_span),
                 learned = const offset_of!(Tables, learned) as isize - offset_of!(Tables, pass) as isize,
                 learned_mask = const tables::LEARNED - 1,
                 pair = const $kind * size_of::<Pair>(),
                 original_alloc = const ORIGINAL_ALLOC,
+                active_alloc = const offset_of!(Pair, active) + offset_of!(Methods, alloc),
                 slow = sym first_touch_from,
             )
         }
@@ -200,6 +211,29 @@ macro_rules! alloc_exact {
 alloc_exact!(alloc_exact => allocated_exact::<false>);
 alloc_exact!(alloc_exact_gathering => allocated_exact::<true>);
 
+/// The free of a chunk, which is in `$chunk`: the server's own, by `$original`, if the filter says that nobody follows it.
+macro_rules! free {
+    ($name:ident($($argument:ident: $type:ty),*), $chunk:literal, $followed:path, $($original:tt)*) => {
+        #[unsafe(naked)]
+        unsafe extern "C-unwind" fn $name($($argument: $type),*) {
+            core::arch::naked_asm!(
+                // The bits above the place's are shifted out at the left.
+                concat!("imul eax, ", $chunk, ", {left}"),
+                "shr eax, {right}",
+                "lea rcx, [rip + {process} + {filter}]",
+                "cmp byte ptr [rcx + rax], 0",
+                "jne {followed}",
+                $($original)*,
+                left = const FILTER_LEFT,
+                right = const FILTER_RIGHT,
+                process = sym PROCESS,
+                filter = const FILTER,
+                followed = sym $followed,
+            )
+        }
+    };
+}
+
 pub static ENTRIES: Entries = Entries {
     first_touch: [
         first_touch_0 as *const (),
@@ -242,8 +276,7 @@ unsafe extern "C-unwind" fn first_touch_from(
     // SAFETY: the server calls with a live context whose table is a base table; `decide` changes that.
     unsafe {
         process::touched();
-        touch::decide(context);
-        match tables::table_of(context) {
+        match touch::decide(context) {
             tables::Table::Watch => {
                 let chunk = original_alloc(context, size, flags);
                 if !chunk.is_null() {

@@ -12,7 +12,7 @@ use crate::pg_compat::{DISPATCH_BY_CHUNK, Free, KIND_COUNT, MemoryContext, Metho
 #[repr(C)]
 #[derive(Clone, Copy)]
 pub struct Pair {
-    active: Methods,
+    pub active: Methods,
     pub original: Methods,
 }
 
@@ -42,7 +42,7 @@ pub struct Tables {
     /// Behind those of the allocators that of MessageContext, an AllocSet's whose reset is noticed, and that of
     /// ErrorContext, which no tick gets into: signal handlers use it, at moments when the tree cannot be walked.
     pub pass: [Pair; KIND_COUNT + 2],
-    watch: [Pair; KIND_COUNT],
+    pub watch: [Pair; KIND_COUNT],
     installed: bool,
 }
 

@@ -1,26 +1,46 @@
 //! The first palloc of a context: does it outlive the transaction?
 
 use core::ffi::CStr;
+use std::sync::atomic::Ordering::Relaxed;
+
 use pgrx::pg_sys;
 
 use super::tables::{self, Table};
 use crate::pg_compat::MemoryContext;
 use crate::settings;
 
-/// Roots of what ends with a message, a transaction or a portal.
+/// Whether a context has this name. A name is a text of the server's, which costs a new process page faults to read
+/// where it needs nothing else of these pages: only to be asked where nothing else tells.
 ///
 /// # Safety
 /// A live context.
-unsafe fn is_transient_root(context: MemoryContext) -> bool {
-    // SAFETY: plain reads of the server's globals and of a live context, whose name is a static string.
+unsafe fn is_named(context: MemoryContext, name: &CStr) -> bool {
+    // SAFETY: a plain read of a live context, whose name is a static string.
+    unsafe { !(*context).name.is_null() && CStr::from_ptr((*context).name) == name }
+}
+
+/// Whether a context is the root of all portals, which the server keeps in a static variable of portalmem.c. It is told
+/// by its name, and that, once a process has met it, by its place, which is the same in all.
+///
+/// # Safety
+/// A live context.
+unsafe fn is_of_portals(context: MemoryContext) -> bool {
+    // SAFETY: plain reads of the server's globals and of a live context.
     unsafe {
-        context == pg_sys::MessageContext
-            || context == pg_sys::TopTransactionContext
-            || context == pg_sys::ErrorContext
-            || ((*context).parent == pg_sys::TopMemoryContext
-                && !(*context).name.is_null()
-                // The server keeps this one in a static variable of portalmem.c.
-                && CStr::from_ptr((*context).name) == c"TopPortalContext")
+        if (*context).parent != pg_sys::TopMemoryContext {
+            return false;
+        }
+        let Some(known) = crate::process::name_of_portals() else { return false };
+        let name = (*context).name as u64;
+        let place = known.load(Relaxed);
+        if place != 0 {
+            return name == place;
+        }
+        let found = is_named(context, c"TopPortalContext");
+        if found {
+            known.store(name, Relaxed);
+        }
+        found
     }
 }
 
@@ -29,14 +49,21 @@ unsafe fn is_transient_root(context: MemoryContext) -> bool {
 /// # Safety
 /// A live context in a consistent tree.
 pub unsafe fn is_transient(context: MemoryContext) -> bool {
-    // SAFETY: the parents of a live context are live.
+    // SAFETY: plain reads of the server's globals; the parents of a live context are live.
     unsafe {
         let (mut at, mut below) = (context, context);
         while !at.is_null() {
-            if is_transient_root(at) {
-                return !is_kept_by_cursor(below);
+            if at == pg_sys::MessageContext || at == pg_sys::TopTransactionContext || at == pg_sys::ErrorContext {
+                return true;
             }
-            if is_replication(at) {
+            if is_of_portals(at) {
+                // The rows of a cursor WITH HOLD are among the portals, but not for one transaction.
+                return below == at || !is_named(below, c"PortalHoldContext");
+            }
+            // A sender runs one command, for as long as it lives, within a message that never ends.
+            if pg_sys::MyBackendType == pg_sys::BackendType::B_WAL_SENDER
+                && is_named(at, c"Replication command context")
+            {
                 return false;
             }
             // One comparison settles it as soon as an ancestor has been touched.
@@ -54,25 +81,6 @@ pub unsafe fn is_transient(context: MemoryContext) -> bool {
     }
 }
 
-/// Whether a context holds the rows of a cursor WITH HOLD: among the portals, but not for one transaction.
-///
-/// # Safety
-/// A live context.
-unsafe fn is_kept_by_cursor(context: MemoryContext) -> bool {
-    // SAFETY: a plain read of a live context, whose name is a static string.
-    unsafe { !(*context).name.is_null() && CStr::from_ptr((*context).name) == c"PortalHoldContext" }
-}
-
-/// Whether a context is that of a command of replication: a sender runs one, for as long as it lives, within a message
-/// that never ends.
-///
-/// # Safety
-/// A live context.
-unsafe fn is_replication(context: MemoryContext) -> bool {
-    // SAFETY: a plain read of a live context, whose name is a static string.
-    unsafe { !(*context).name.is_null() && CStr::from_ptr((*context).name) == c"Replication command context" }
-}
-
 /// Whether a context that is not watched outlives the transaction after all: it has been moved since.
 ///
 /// # Safety
@@ -82,15 +90,16 @@ pub unsafe fn long_lived(context: MemoryContext) -> bool {
     unsafe { tables::table_of(context) == Table::Pass && !is_transient(context) }
 }
 
-/// Chooses the table of a context that points at its base table.
+/// Chooses the table of a context that points at its base table. Returns which it points at.
 ///
 /// # Safety
 /// A live context in a consistent tree.
-pub unsafe fn decide(context: MemoryContext) {
+pub unsafe fn decide(context: MemoryContext) -> Table {
     // SAFETY: the caller's promise.
     unsafe {
-        if tables::table_of(context) != Table::Base {
-            return;
+        let table = tables::table_of(context);
+        if table != Table::Base {
+            return table;
         }
         let transient = match () {
             _ if settings::scope_all() => context == pg_sys::ErrorContext,
@@ -101,8 +110,10 @@ pub unsafe fn decide(context: MemoryContext) {
             if context == pg_sys::MessageContext {
                 crate::process::first_message();
             }
+            Table::Pass
         } else {
             tables::watch(context);
+            Table::Watch
         }
     }
 }

@@ -30,6 +30,9 @@ const RULES: usize = 8192;
 
 #[derive(Clone, Copy)]
 pub struct Share {
+    /// Where the server has the name of the root of its portals; 0: nobody has met it yet. One word, on the page that
+    /// each new process touches anyway.
+    pub name_of_portals: &'static [AtomicU64],
     /// Who owns each slot: a pid; 0: nobody. By themselves, since a new process looks at all of them.
     pub owners: &'static [AtomicI32],
     pub slots: &'static [Slot],
@@ -94,6 +97,7 @@ impl Cutter {
 
     fn share(&mut self, processes: usize, call_sites: usize) -> Share {
         Share {
+            name_of_portals: self.cut(1),
             owners: self.cut(processes),
             slots: self.cut(processes),
             sites: self.pool(call_sites),

@@ -7,27 +7,15 @@ use super::*;
 macro_rules! entries {
     ($($kind:literal $free:ident $free_followed:ident $realloc:ident $realloc_from:ident),*) => {
         $(
-            /// The free of any chunk of this allocator: done if the filter says that nobody follows it.
-            #[unsafe(naked)]
-            unsafe extern "C-unwind" fn $free(chunk: *mut c_void) {
-                core::arch::naked_asm!(
-                    // The bits above the place's are shifted out at the left.
-                    "imul eax, edi, {left}",
-                    "shr eax, {right}",
-                    "lea rcx, [rip + {process} + {filter}]",
-                    "cmp byte ptr [rcx + rax], 0",
-                    "jne {slow}",
-                    "jmp [rip + {tables} + {original_free}]",
-                    left = const FILTER_LEFT,
-                    right = const FILTER_RIGHT,
-                    process = sym PROCESS,
-                    filter = const FILTER,
-                    tables = sym TABLES,
-                    original_free = const offset_of!(Tables, original) + $kind * size_of::<Methods>()
-                        + offset_of!(Methods, free_p),
-                    slow = sym $free_followed,
-                )
-            }
+            free!(
+                $free(chunk: *mut c_void),
+                "edi",
+                $free_followed,
+                "jmp [rip + {tables} + {original_free}]",
+                tables = sym TABLES,
+                original_free = const offset_of!(Tables, original) + $kind * size_of::<Methods>()
+                    + offset_of!(Methods, free_p)
+            );
             unsafe extern "C-unwind" fn $free_followed(chunk: *mut c_void) {
                 // SAFETY: the server calls with a chunk of this allocator. Whether anybody follows it, the
                 // ledger knows.

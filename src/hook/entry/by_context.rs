@@ -7,27 +7,15 @@ pub const FREE: [Free; KIND_COUNT] = [free; KIND_COUNT];
 pub const FREE_EXACT: [Free; KIND_COUNT] = [free_exact; KIND_COUNT];
 pub const REALLOC: [*const (); KIND_COUNT] = [realloc as *const (); KIND_COUNT];
 
-/// The free of a chunk in a watched context: done if the filter says that nobody follows it.
-#[unsafe(naked)]
-unsafe extern "C-unwind" fn free(context: MemoryContext, chunk: *mut c_void) {
-    core::arch::naked_asm!(
-        // The bits above the place's are shifted out at the left.
-        "imul eax, esi, {left}",
-        "shr eax, {right}",
-        "lea r9, [rip + {process} + {filter}]",
-        "cmp byte ptr [r9 + rax], 0",
-        "jne {slow}",
-        "mov rax, [rdi + {methods}]",
-        "jmp [rax + {original_free}]",
-        left = const FILTER_LEFT,
-        right = const FILTER_RIGHT,
-        process = sym PROCESS,
-        filter = const FILTER,
-        methods = const METHODS,
-        original_free = const ORIGINAL + offset_of!(Methods, free_p),
-        slow = sym free_followed,
-    )
-}
+free!(
+    free(context: MemoryContext, chunk: *mut c_void),
+    "esi",
+    free_followed,
+    "mov rax, [rdi + {methods}]",
+    "jmp [rax + {original_free}]",
+    methods = const METHODS,
+    original_free = const ORIGINAL + offset_of!(Methods, free_p)
+);
 
 unsafe extern "C-unwind" fn free_followed(context: MemoryContext, chunk: *mut c_void) {
     // SAFETY: the server calls with a live context on a watch table and a chunk of it.
