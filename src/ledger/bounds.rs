@@ -35,7 +35,7 @@ impl Ledger {
             .fold(0, u64::saturating_add);
         let mean = (bytes / live).max(1);
         // About half of the records of mean size survive the first time, and half of those the next time.
-        let before = self.rates.rate(self.next_level).max(self.cells.floor());
+        let before = self.rates.rate(self.level).max(self.cells.floor());
         let level = self.rates.level((before.max(mean * 3 / 4) * 2).max(2));
         let rate = self.rates.rate(level);
         if rate <= before {
@@ -47,7 +47,7 @@ impl Ledger {
             self.each_site(|site| sites.site(site).set_inexact());
         } else {
             self.quick = false;
-            self.follow_at(level, level);
+            self.follow_at(level);
         }
         for id in 1..=self.records.high() {
             let record = *self.records.get(id);

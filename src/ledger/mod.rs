@@ -61,9 +61,9 @@ pub enum Precision {
     None { ask: bool },
     /// A sample of where it would cost to follow all; see [`cells`].
     Sampled(Rate),
-    /// A sample of all by one gap: for a start, in which much is allocated that nobody calls a leak, so that most
-    /// processes need not look at any of it. The first sample tells that one allocates more than that.
-    SampledAtOnce { first: Rate, then: Rate },
+    /// A sample of all by one gap, but none of the first bytes: for a start, in which caches are filled that nobody calls
+    /// a leak, so that most processes need not look at any of it.
+    SampledAfter { bytes: u64, rate: Rate },
 }
 
 /// In this order, and begun by what every process writes, so that a short life touches few pages.
@@ -72,11 +72,10 @@ pub struct Ledger {
     precision: Precision,
     /// Exact, and within the memory.
     quick: bool,
-    /// Where not all are recorded, and all by one gap: bytes until the next, its level, and that of those to come. The
-    /// hook's entry counts down by itself, but for exact mode past the memory.
+    /// Where not all are recorded, and all by one gap: bytes until the next, and its level. The hook's entry counts down
+    /// by itself, but for exact mode past the memory.
     pub gap: i64,
     level: u8,
-    next_level: u8,
     /// The memory is used up: less is followed than the mode says.
     thinned: bool,
     /// Records given up because the budget was exhausted.
@@ -127,7 +126,6 @@ impl Ledger {
             rng: Rng::unseeded(),
             gap: 0,
             level: 0,
-            next_level: 0,
             thinned: false,
             dropped: 0,
             held: 0,
@@ -172,21 +170,22 @@ impl Ledger {
         debug_assert!(self.pending.is_empty());
         self.precision = precision;
         self.quick = precision == Precision::Exact;
-        (self.gap, self.level, self.next_level, self.thinned) = (0, 0, 0, false);
+        (self.gap, self.level, self.thinned) = (0, 0, false);
         self.cells.clear();
         match precision {
             Precision::None { ask: false } => self.gap = i64::MAX,
             Precision::None { ask: true } | Precision::Exact => (),
             Precision::Sampled(rate) => self.cells.sampled(rate),
-            Precision::SampledAtOnce { first, then } => {
-                let (first, then) = (self.rates.level(first), self.rates.level(then));
-                self.follow_at(first, then);
+            Precision::SampledAfter { bytes, rate } => {
+                let level = self.rates.level(rate);
+                self.follow_at(level);
+                self.gap += bytes as i64;
             }
         }
     }
 
     /// These rates will be asked for by forked children, who then have them already.
-    pub fn prepare_rates(&mut self, rates: [Rate; 4]) {
+    pub fn prepare_rates(&mut self, rates: [Rate; 3]) {
         for rate in rates {
             self.rates.level(rate);
         }
@@ -196,9 +195,9 @@ impl Ledger {
         self.precision
     }
 
-    /// The next by one level, and all to come by another.
-    fn follow_at(&mut self, level: u8, next: u8) {
-        (self.level, self.next_level) = (level, next);
+    /// All by one gap of this level from now on.
+    fn follow_at(&mut self, level: u8) {
+        self.level = level;
         self.gap = self.rates.gap(level, &mut self.rng);
     }
 
@@ -208,7 +207,7 @@ impl Ledger {
         let gap = match self.precision {
             Precision::Exact => return true,
             Precision::Sampled(_) => &mut self.cells.gaps[cell as usize % cells::CELLS],
-            Precision::None { .. } | Precision::SampledAtOnce { .. } => &mut self.gap,
+            Precision::None { .. } | Precision::SampledAfter { .. } => &mut self.gap,
         };
         *gap = gap.wrapping_sub(size as i64);
         *gap <= 0
@@ -227,11 +226,10 @@ impl Ledger {
                     return Decision::Count;
                 }
             }
-            Precision::SampledAtOnce { .. } => (),
+            Precision::SampledAfter { .. } => (),
         }
-        let level = self.level;
-        self.follow_at(self.next_level, self.next_level);
-        Decision::Record(level)
+        self.follow_at(self.level);
+        Decision::Record(self.level)
     }
 
     #[inline]
@@ -255,7 +253,7 @@ impl Ledger {
     /// Remembers the account of a stack and a path, whose allocations come through `cell`. False when there is no
     /// memory for it.
     pub fn add_site(&mut self, stack: u32, path: u32, site: u32, cell: u16, sites: &impl Sites) -> bool {
-        if matches!(self.precision, Precision::SampledAtOnce { .. }) || self.cells.is_sampled(cell) {
+        if matches!(self.precision, Precision::SampledAfter { .. }) || self.cells.is_sampled(cell) {
             sites.site(site).set_inexact();
         }
         let key = SiteKey { stack_path: site_key(stack, path), site, cell, chain: 0 };

@@ -2,11 +2,12 @@
 //!
 //! The hot path must not malloc, and a mapping can be dropped in a forked child by one system call.
 
+use std::cell::UnsafeCell;
 use std::ptr::NonNull;
 
-/// What all regions of one process may use together, in bytes; and the nursery, a mapping in which the small ones lie
-/// together: most processes fill few of them with little, and each mapping costs a system call, page faults of its own,
-/// and a part of every later fork.
+/// What all regions of one process may use together, in bytes; and the nursery, in which the small ones lie together:
+/// most processes fill few of them with little, and each mapping costs a system call, page faults of its own, and a
+/// part of every later fork.
 #[derive(Debug)]
 pub struct Budget {
     pub limit: usize,
@@ -28,15 +29,25 @@ const NURSERY: usize = 8 * PAGE;
 const SMALLEST: usize = 512;
 const LARGEST: usize = PAGE;
 
+#[repr(align(64))]
+struct Inherited(UnsafeCell<[u8; NURSERY]>);
+// SAFETY: belongs to the one budget that is inherited.
+unsafe impl Sync for Inherited {}
+static INHERITED: Inherited = Inherited(UnsafeCell::new([0; NURSERY]));
+
 impl Budget {
     /// For regions that are of no use to forked children, who do not get them: see [`Region::abandon`].
     pub const fn new(limit: usize) -> Self {
         Budget { limit, used: 0, inherited: false, nursery: None, taken: 0 }
     }
 
-    /// For regions that forked children go on using.
-    pub const fn inherited(limit: usize) -> Self {
-        Budget { limit, used: 0, inherited: true, nursery: None, taken: 0 }
+    /// For regions that forked children go on using. Its nursery is a part of the library's own memory, of which they
+    /// have a copy anyway.
+    ///
+    /// # Safety
+    /// The only one in the process.
+    pub unsafe fn inherited(limit: usize) -> Self {
+        Budget { limit, used: NURSERY, inherited: true, nursery: NonNull::new(INHERITED.0.get().cast()), taken: 0 }
     }
 
     fn left(&self) -> usize {
@@ -85,7 +96,9 @@ impl Budget {
 
     /// Gives the nursery back, after its regions.
     pub fn release(&mut self) {
-        if let Some(nursery) = self.nursery {
+        if let Some(nursery) = self.nursery
+            && !self.inherited
+        {
             // SAFETY: the mapping belongs to this budget alone, and no region lies in it any more.
             unsafe { libc::munmap(nursery.as_ptr().cast(), NURSERY) };
             self.abandon();

@@ -22,10 +22,11 @@ use crate::share::slot::POSTMASTER;
 use crate::stack::Trace;
 use crate::verdict::proportion::Held;
 
-/// What a backend's first message allocates is sampled this many powers of two more sparsely, since it fills caches, and
-/// even more so until the first sample: most are no larger than that.
-const FILLS: u32 = 4;
-const FIRST: u32 = 7;
+/// What a backend's first message allocates fills caches, and no more than this many times `rheap.sample_bytes` in most
+/// sessions: like what came before, that much is the baseline.
+const BASELINE: u64 = 64;
+/// What it allocates beyond that is sampled this many times more sparsely.
+const FILLS: u64 = 16;
 
 /// Milliseconds of processor time within which a busy process notices what `rheap_track` wishes.
 const WISH: i32 = 500;
@@ -44,7 +45,8 @@ pub unsafe fn prepare(processes: usize) -> Result<(), String> {
     let process = unsafe { current() };
     process.touch();
     process.share = Some(share);
-    process.aside = Budget::inherited(ASIDE / 2);
+    // SAFETY: called once per process tree.
+    process.aside = unsafe { Budget::inherited(ASIDE / 2) };
     process.query_id = pg_compat::query_id_place();
     process.ledger.set_precision(Precision::Exact);
     process.unwinder.prepare(pg_sys::PostgresMain as *const () as u64, share.rules, &share.modules);
@@ -146,7 +148,7 @@ impl Process {
     }
 
     /// Whether this process has said that it will serve a client.
-    fn expects_messages(&self) -> bool {
+    pub(super) fn expects_messages(&self) -> bool {
         self.kind != pg_sys::BackendType::B_INVALID && !pg_compat::has_no_messages(self.kind as i32)
     }
 
@@ -205,7 +207,7 @@ impl Process {
         }
         let rate = followed.sample_bytes as u64;
         if kind == POSTMASTER {
-            self.ledger.prepare_rates([rate, rate << FIRST, rate << FILLS, rate << cells::SETTLED]);
+            self.ledger.prepare_rates([rate, rate * FILLS, rate << cells::SETTLED]);
         }
         let precision = match () {
             _ if self.checking => Precision::Exact,
@@ -216,7 +218,7 @@ impl Process {
             _ if followed.mode == Mode::Exact as u32 || !pg_compat::allocates_much(kind as _) => Precision::Exact,
             _ if slot.has_no_messages() || self.has_served && !self.baseline_due => Precision::Sampled(rate),
             // The first statement fills caches; the many sessions that have no other should not pay for more.
-            _ if self.has_messages => Precision::SampledAtOnce { first: rate << FIRST, then: rate << FILLS },
+            _ if self.has_messages => Precision::SampledAfter { bytes: rate * BASELINE, rate: rate * FILLS },
             // A child that has not said yet what it is: its books begin when it has.
             _ if !self.expects_messages() => Precision::None { ask: true },
             // What a backend allocates before its first message is much, and its baseline.
@@ -231,7 +233,7 @@ impl Process {
         hook::record_by(match precision {
             Precision::Exact => Gap::None,
             Precision::Sampled(_) => Gap::OfCell,
-            Precision::SampledAtOnce { .. } | Precision::None { .. } => Gap::OfProcess,
+            Precision::SampledAfter { .. } | Precision::None { .. } => Gap::OfProcess,
         });
         let limit = followed.memory_limit as usize * 1024;
         let rest = limit - ASIDE;
