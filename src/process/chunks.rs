@@ -61,16 +61,16 @@ impl Process {
             id = self.ledger.add_context(context as u64, path);
         }
         let path = if id == 0 { 0 } else { self.ledger.context_path(id) };
+        let recurs = self.is_started();
         // SAFETY: the registers are those of the call that was hooked.
         let (stack, home) = unsafe {
-            match self.stacks.recall::<false>(regs.sp) {
+            match if recurs { self.stacks.look_up(regs.sp) } else { None } {
                 Some(known) => (known.stack, Some(&mut known.home)),
-                // What a process allocates before its second message hardly recurs.
                 None => self.stacks.capture(
                     &mut self.unwinder,
                     regs,
                     settings::stack_depth(),
-                    self.has_served,
+                    recurs,
                     &share,
                     &mut self.aside,
                 ),
@@ -97,8 +97,12 @@ impl Process {
         };
         share.sites.rows[site as usize].begin(self.ledger.epoch, self.now);
         let holder = Holder::new(id, site);
-        if let Some(home) = home {
-            *home = Home { context: context as u64, changes: self.ledger.context_changes(), holder };
+        let here = Home { context: context as u64, changes: self.ledger.context_changes(), holder };
+        // The postmaster's memory is copied when it is written after a fork.
+        if let Some(home) = home
+            && *home != here
+        {
+            *home = here;
         }
         let stamp = self.stamp();
         match decision {
@@ -113,6 +117,11 @@ impl Process {
             Decision::Skip => return,
         }
         self.at_once += 1;
+    }
+
+    /// Whether what the process does now is likely to recur: not what it needs to start, and not its first message.
+    fn is_started(&self) -> bool {
+        self.has_served || !self.expects_messages() && self.ledger.epoch > 1
     }
 
     /// Whether what was found out about a stack holds for an allocation in this context.

@@ -28,23 +28,29 @@ impl Process {
             self.follow_settings();
         }
         if self.walk.is_due(self.now) {
-            self.follow_settings();
-            // Where no work has begun since the last walk, as in a long statement and in processes without messages,
-            // the time between two walks is the unit.
-            // What a process needs to start is of one age, however often it is looked at meanwhile.
-            let starts = slot.has_no_messages() && self.walk.is_starting();
-            if self.ledger.epoch == self.walked_epoch && slot.backend_type.load(Relaxed) != POSTMASTER && !starts {
-                self.next_epoch(slot);
-            }
-            self.walked_epoch = self.ledger.epoch;
-            self.flush(Due::Look);
-            if let Some(share) = &self.share {
-                self.stacks.look_for_unloaded(&mut self.unwinder, share, &mut self.aside);
-            }
-            // SAFETY: at the exit of a palloc or between two messages, where the tree is consistent.
-            unsafe { crate::walk::walk(self, slot, within) };
-            self.publish_all(slot);
+            self.walk_now(slot, within);
         }
+    }
+
+    /// By itself, since it needs much of the stack, of which a new process has little yet.
+    #[inline(never)]
+    fn walk_now(&mut self, slot: &Slot, within: bool) {
+        self.follow_settings();
+        // Where no work has begun since the last walk, as in a long statement and in processes without messages, the
+        // time between two walks is the unit. What a process needs to start is of one age, however often it is looked
+        // at meanwhile.
+        let starts = slot.has_no_messages() && self.walk.is_starting();
+        if self.ledger.epoch == self.walked_epoch && slot.backend_type.load(Relaxed) != POSTMASTER && !starts {
+            self.next_epoch(slot);
+        }
+        self.walked_epoch = self.ledger.epoch;
+        self.flush(Due::Look);
+        if let Some(share) = &self.share {
+            self.stacks.look_for_unloaded(&mut self.unwinder, share, &mut self.aside);
+        }
+        // SAFETY: at the exit of a palloc or between two messages, where the tree is consistent.
+        unsafe { crate::walk::walk(self, slot, within) };
+        self.publish_all(slot);
     }
 
     /// Puts what is not there yet into the accounts.
@@ -77,8 +83,11 @@ impl Process {
         if settings::changed() || slot.wishes.load(Relaxed) != self.wishes {
             self.between_statements(slot);
         }
-        // SAFETY: between two statements the tree is consistent.
-        unsafe { crate::walk::moved::look(self) };
+        // The walk for the baseline sees it too, and is never made in the many sessions that have one message.
+        if !self.baseline_due {
+            // SAFETY: between two statements the tree is consistent.
+            unsafe { crate::walk::moved::look(self) };
+        }
         if self.ledger.held != self.held {
             self.held = self.ledger.held;
             // The statement may have taken long.

@@ -104,16 +104,32 @@ impl Memory {
     /// As for `recall_next`.
     #[inline(always)]
     pub unsafe fn recall<const GATHER: bool>(&mut self, sp: u64, key: u64) -> Option<&mut Remembered> {
+        // SAFETY: the caller's promise.
+        let at = unsafe { self.find::<GATHER>(sp, key) }?;
+        self.meet(at);
+        Some(&mut self.entries[at % ENTRIES])
+    }
+
+    /// The same where nothing follows anything: only reads.
+    ///
+    /// # Safety
+    /// As for `recall_next`.
+    pub unsafe fn look_up<const GATHER: bool>(&mut self, sp: u64, key: u64) -> Option<&mut Remembered> {
+        // SAFETY: the caller's promise.
+        let at = unsafe { self.find::<GATHER>(sp, key) }?;
+        Some(&mut self.entries[at % ENTRIES])
+    }
+
+    /// # Safety
+    /// As for `recall_next`.
+    #[inline(always)]
+    unsafe fn find<const GATHER: bool>(&self, sp: u64, key: u64) -> Option<usize> {
         let place = Self::place(sp, key);
-        for at in (0..WAYS).map(|way| place ^ way) {
+        // SAFETY: as in `recall_next`.
+        (0..WAYS).map(|way| place ^ way).find(|at| unsafe {
             let entry = &self.entries[at % ENTRIES];
-            // SAFETY: as in `recall_next`.
-            if entry.sp == sp && unsafe { entry.still_there::<GATHER>(sp) } {
-                self.meet(at);
-                return Some(&mut self.entries[at % ENTRIES]);
-            }
-        }
-        None
+            entry.sp == sp && entry.still_there::<GATHER>(sp)
+        })
     }
 
     /// From now on this stack is what follows the last one, and is the last one.
@@ -127,7 +143,7 @@ impl Memory {
 
     /// Remembers a walked stack under its id, unless it is too long.
     pub fn learn(&mut self, sp: u64, key: u64, trace: &Trace, stack: u32) -> Option<&mut Remembered> {
-        if trace.frames > LONGEST {
+        if trace.frames() > LONGEST {
             return None;
         }
         let place = Self::place(sp, key);
@@ -139,9 +155,9 @@ impl Memory {
         entry.home = Home::default();
         // The innermost address fills the last group.
         entry.offsets.fill(0);
-        entry.expected.fill(trace.addresses[0] as u32);
+        entry.expected.fill(trace.addresses()[0] as u32);
         let mut places = 0;
-        for (&address, &slot) in trace.addresses().iter().zip(&trace.slots) {
+        for (&address, &slot) in trace.addresses().iter().zip(trace.slots()) {
             if self.anchor != 0 && slot >= self.anchor {
                 break;
             }

@@ -53,14 +53,12 @@ impl Entry for Known {
 pub struct Stacks {
     memory: Memory,
     known: Table<Known>,
-    /// The walk at hand; kept, so that no capture has to clear it.
-    trace: Trace,
     pub callers: Callers,
 }
 
 impl Stacks {
     pub const fn new() -> Self {
-        Stacks { callers: Callers::new(), memory: Memory::new(), known: Table::new(), trace: Trace::new() }
+        Stacks { callers: Callers::new(), memory: Memory::new(), known: Table::new() }
     }
 
     /// The stack from this stack pointer on, if it is one of those met lately.
@@ -73,6 +71,18 @@ impl Stacks {
         unsafe {
             let key = self.callers.key(sp);
             self.memory.recall::<GATHER>(sp, key)
+        }
+    }
+
+    /// The same where no stack is expected to follow another: only reads, as long as nothing is changed in what it returns.
+    ///
+    /// # Safety
+    /// As for `recall`.
+    pub unsafe fn look_up(&mut self, sp: u64) -> Option<&mut Remembered> {
+        // SAFETY: the caller's promise.
+        unsafe {
+            let key = self.callers.key(sp);
+            self.memory.look_up::<false>(sp, key)
         }
     }
 
@@ -106,39 +116,40 @@ impl Stacks {
         share: &Share,
         budget: &mut Budget,
     ) -> (u32, Option<&mut Home>) {
-        unwinder.walk(regs, depth, &mut self.trace, &share.modules);
+        let mut trace = Trace::new();
+        unwinder.walk(regs, depth, &mut trace, &share.modules);
         if unwinder.modules.unloaded {
             self.forget_unloaded(unwinder, budget);
             // Some of its rules may have been of what was there before.
-            unwinder.walk(regs, depth, &mut self.trace, &share.modules);
+            unwinder.walk(regs, depth, &mut trace, &share.modules);
         }
-        if self.trace.frames > 1 {
-            self.callers.learn(self.trace.addresses[0], self.trace.slots[1] - regs.sp);
+        if let (&[address, ..], &[_, slot, ..]) = (trace.addresses(), trace.slots()) {
+            self.callers.learn(address, slot - regs.sp);
         }
-        let hash = dictionary::hash(self.trace.addresses());
+        let hash = dictionary::hash(trace.addresses());
         let stack = match self.known.find(hash) {
-            0 => self.learn(unwinder, hash, share, budget),
+            0 => self.learn(unwinder, &trace, hash, share, budget),
             id => self.known.get(id).stack,
         };
-        if stack == 0 || self.trace.frames == 0 || !remember {
+        if stack == 0 || trace.frames() == 0 || !remember {
             return (stack, None);
         }
-        self.anchor(unwinder);
+        self.anchor(unwinder, &trace);
         // SAFETY: the caller's promise.
         let key = unsafe { self.callers.key(regs.sp) };
-        (stack, self.memory.learn(regs.sp, key, &self.trace, stack).map(|r| &mut r.home))
+        (stack, self.memory.learn(regs.sp, key, &trace, stack).map(|r| &mut r.home))
     }
 
     /// The server's loop of statements is never left, so the frames below it, in a process that has such a loop, need
-    /// not be looked at again. To be called when a walk is at hand.
-    fn anchor(&mut self, unwinder: &Unwinder) {
+    /// not be looked at again.
+    fn anchor(&mut self, unwinder: &Unwinder, trace: &Trace) {
         if self.memory.has_anchor() {
             return;
         }
         let (start, end) = unwinder.statement_loop;
-        let inside = self.trace.addresses().iter().position(|&ip| ip > start && ip <= end);
+        let inside = trace.addresses().iter().position(|&ip| ip > start && ip <= end);
         // The slot after the loop's own holds where the loop would return to.
-        if let Some(anchor) = inside.and_then(|i| self.trace.slots[..self.trace.frames].get(i + 1)) {
+        if let Some(anchor) = inside.and_then(|i| trace.slots().get(i + 1)) {
             self.memory.set_anchor(*anchor);
         }
     }
@@ -166,15 +177,15 @@ impl Stacks {
     }
 
     #[cold]
-    fn learn(&mut self, unwinder: &mut Unwinder, hash: u64, share: &Share, budget: &mut Budget) -> u32 {
+    fn learn(&mut self, unwinder: &mut Unwinder, trace: &Trace, hash: u64, share: &Share, budget: &mut Budget) -> u32 {
         let mut words = [0; MAX_FRAMES];
-        let mut frames = self.trace.frames;
-        for (word, &address) in words.iter_mut().zip(self.trace.addresses()) {
+        let mut frames = trace.frames();
+        for (word, &address) in words.iter_mut().zip(trace.addresses()) {
             *word =
                 unwinder.modules.locate(address, &share.modules).map_or(0, |(module, offset)| frame(module, offset));
         }
         frames = collapse(&mut words[..frames.min(MAX_FRAMES)]);
-        if self.trace.cut {
+        if trace.cut {
             frames = frames.min(MAX_FRAMES - 1);
             words[frames] = CUT;
             frames += 1;

@@ -1,5 +1,6 @@
 //! The walk itself: two loads per frame where frame pointers are kept, a cached rule per frame elsewhere.
 
+use std::mem::MaybeUninit;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 
 use super::modules::Modules;
@@ -20,22 +21,42 @@ pub struct Regs {
     pub bp: u64,
 }
 
-/// A walked stack: its return addresses, innermost first, and the places where they lie.
+/// A walked stack: its return addresses, innermost first, and the places where they lie. Lives on the stack, where
+/// nothing that has not been written need be cleared, or copied for a forked child.
 pub struct Trace {
-    pub addresses: [u64; MAX_FRAMES],
-    pub slots: [u64; MAX_FRAMES],
-    pub frames: usize,
+    addresses: [MaybeUninit<u64>; MAX_FRAMES],
+    slots: [MaybeUninit<u64>; MAX_FRAMES],
+    /// So many of both have been written.
+    frames: usize,
     /// The walk ended before the process's first frame.
     pub cut: bool,
 }
 
 impl Trace {
     pub const fn new() -> Self {
-        Trace { addresses: [0; MAX_FRAMES], slots: [0; MAX_FRAMES], frames: 0, cut: false }
+        let nothing = [MaybeUninit::uninit(); MAX_FRAMES];
+        Trace { addresses: nothing, slots: nothing, frames: 0, cut: false }
+    }
+
+    pub fn frames(&self) -> usize {
+        self.frames
     }
 
     pub fn addresses(&self) -> &[u64] {
-        &self.addresses[..self.frames]
+        // SAFETY: `push` has written those before `frames`.
+        unsafe { &*(&raw const self.addresses[..self.frames] as *const [u64]) }
+    }
+
+    pub fn slots(&self) -> &[u64] {
+        // SAFETY: as for the addresses.
+        unsafe { &*(&raw const self.slots[..self.frames] as *const [u64]) }
+    }
+
+    #[inline(always)]
+    fn push(&mut self, address: u64, slot: u64) {
+        self.addresses[self.frames].write(address);
+        self.slots[self.frames].write(slot);
+        self.frames += 1;
     }
 }
 
@@ -58,6 +79,8 @@ pub struct Unwinder {
     shared: Option<&'static [AtomicU64]>,
     /// The executable.
     main: (u64, u64),
+    /// Some have been put into `rules`.
+    has_rules: bool,
     /// All others.
     rules: [Cached; RULES],
     /// The ends of the stack that the process started on.
@@ -80,6 +103,7 @@ impl Unwinder {
             modules: Modules::new(),
             shared: None,
             main: (0, 0),
+            has_rules: false,
             rules: [empty; RULES],
             lowest: 0,
             top: 0,
@@ -147,9 +171,7 @@ impl Unwinder {
         let mut ip = unsafe { *(sp as *const u64) };
         sp += 8;
         while trace.frames < depth {
-            trace.addresses[trace.frames] = ip;
-            trace.slots[trace.frames] = slot;
-            trace.frames += 1;
+            trace.push(ip, slot);
             let (cfa, bp_at) = if ip.wrapping_sub(self.fast.0) < self.fast.1 - self.fast.0 {
                 if bp == 0 {
                     // By the ABI: the process's entry point clears the register.
@@ -204,7 +226,9 @@ impl Unwinder {
 
     /// Those of the executable hold for ever. Memory that holds no rule is not touched, so that a child need not copy it.
     fn forget_rules(&mut self) {
-        self.rules.iter_mut().filter(|r| r.return_address != 0).for_each(|r| r.return_address = 0);
+        if std::mem::take(&mut self.has_rules) {
+            self.rules.iter_mut().filter(|r| r.return_address != 0).for_each(|r| r.return_address = 0);
+        }
     }
 
     #[inline]
@@ -248,6 +272,7 @@ impl Unwinder {
         // An address without a module may get one when a library is loaded there.
         if rule.kind != Kind::Unknown {
             self.rules[index] = cached;
+            self.has_rules = true;
         }
         cached
     }

@@ -52,7 +52,7 @@ fn a_foreign_stack_is_not_read() {
     let mut trace = Trace::new();
     for sp in [0, 8, 7, unwinder.top, unwinder.top - 7, u64::MAX - 7, 1 << 47] {
         unwinder.walk(Regs { sp, bp: sp }, MAX_FRAMES, &mut trace, &share.modules);
-        assert_eq!((trace.frames, trace.cut), (0, true));
+        assert_eq!((trace.frames(), trace.cut), (0, true));
     }
 }
 
@@ -66,7 +66,7 @@ fn a_broken_frame_pointer_cuts_the_walk() {
         unwinder.fast = (1, u64::MAX);
         for bp in [1, 8, regs.sp - 4096, unwinder.top - 8, unwinder.top, u64::MAX - 15, u64::MAX] {
             unwinder.walk(Regs { bp, ..regs }, MAX_FRAMES, &mut trace, &share.modules);
-            assert!(trace.cut && trace.frames <= 2, "bp {bp:#x} gave {} frames", trace.frames);
+            assert!(trace.cut && trace.frames() <= 2, "bp {bp:#x} gave {} frames", trace.frames());
         }
     });
 }
