@@ -20,6 +20,27 @@ pub struct Ages {
     /// Bytes alive of the earlier and of the later half of the epochs between `first` and `last`.
     pub earlier_bytes: f64,
     pub later_bytes: f64,
+    /// By how many standard errors the earlier half has joined more bytes per bin than the later, as the bins of each
+    /// half scatter: a few samples that stand for much make no difference of it. Infinite where a half has too few bins.
+    pub contrast: f64,
+}
+
+/// Bins that tell how they scatter.
+const SCATTER: usize = 3;
+
+/// Mean and variance of the mean.
+fn mean(values: &[f64]) -> (f64, f64) {
+    let n = values.len() as f64;
+    let mean = values.iter().sum::<f64>() / n;
+    (mean, values.iter().map(|v| (v - mean).powi(2)).sum::<f64>() / (n - 1.0) / n)
+}
+
+fn contrast(earlier: &[f64], later: &[f64]) -> f64 {
+    if earlier.len().min(later.len()) < SCATTER {
+        return f64::INFINITY;
+    }
+    let ((earlier, its), (later, theirs)) = (mean(earlier), mean(later));
+    (earlier - later) / (its + theirs).sqrt()
 }
 
 impl Ages {
@@ -44,6 +65,11 @@ impl Ages {
             let (start, end) = (epoch(bin) as f64, (epoch(bin + 1) as f64).min(last as f64 + 1.0));
             earlier_bytes += age.bytes as f64 * ((middle - start) / (end - start)).clamp(0.0, 1.0);
         }
+        let whole = |from: f64, to: f64| -> Vec<f64> {
+            let bins = (0..=newest).filter(|&bin| epoch(bin) as f64 >= from && epoch(bin + 1) as f64 <= to);
+            bins.map(|bin| e.ages[bin].bytes as f64).collect()
+        };
+        let contrast = contrast(&whole(first as f64, middle), &whole(middle, last as f64 + 1.0));
         Ages {
             generations: e.ages.iter().fold(0, |sum, age| age.generations.saturating_add(sum)),
             records: e.ages.iter().map(|age| age.records as u64).sum(),
@@ -52,6 +78,7 @@ impl Ages {
             certain_age,
             earlier_bytes,
             later_bytes: all - earlier_bytes,
+            contrast,
         }
     }
 

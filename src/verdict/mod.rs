@@ -186,7 +186,10 @@ pub fn judge(e: &Evidence) -> Judgement {
     let reason = format!("{many}{held}{fate}, {per_unit} per {unit}, {survivors}{}", e.since());
     let enough = match e.sampled {
         false => ages.records >= 16,
-        true => (1.0 - kept_pace) / (1.0 + kept_pace) * (generations as f64).sqrt() > SIGNIFICANT,
+        true => {
+            let of_generations = (1.0 - kept_pace) / (1.0 + kept_pace) * (generations as f64).sqrt();
+            of_generations.min(ages.contrast) > SIGNIFICANT
+        }
     };
     if kept_pace < SATURATING && enough {
         let slower = format!("growth slows down, to {:.0} % of what it was; {reason}", kept_pace * 100.0);

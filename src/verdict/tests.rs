@@ -122,6 +122,22 @@ fn what_chance_makes_of_a_small_sample_is_no_saturation() {
 }
 
 #[test]
+fn a_few_samples_that_stand_for_much_are_no_saturation() {
+    let mut b = Bench::new();
+    b.e.sampled = true;
+    let j = b.run(900, |b| {
+        if b.epoch.is_multiple_of(3) {
+            b.allocate(CHUNK / 10);
+        }
+        // Six in the earlier half, two in the later.
+        if [30, 130, 210, 290, 370, 440, 600, 800].contains(&b.epoch) {
+            b.allocate(100 * CHUNK);
+        }
+    });
+    assert_eq!(j.verdict, Verdict::Leak, "{j:?}");
+}
+
+#[test]
 fn a_rare_leak_among_much_churn_is_a_leak() {
     assert_eq!(site(5000, 50, |epoch| epoch.is_multiple_of(50) as u32).verdict, Verdict::Leak);
 }
