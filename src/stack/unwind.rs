@@ -162,7 +162,7 @@ impl Unwinder {
     #[inline]
     fn follow(&mut self, regs: Regs, depth: usize, trace: &mut Trace, names: &Dictionary) -> bool {
         let Regs { mut sp, mut bp } = regs;
-        let top = self.top;
+        let (top, fast) = (self.top, self.fast);
         if sp < self.lowest || sp >= top || sp % 8 != 0 {
             return false;
         }
@@ -172,29 +172,35 @@ impl Unwinder {
         sp += 8;
         while trace.frames < depth {
             trace.push(ip, slot);
-            let (cfa, bp_at) = if ip.wrapping_sub(self.fast.0) < self.fast.1 - self.fast.0 {
-                if bp == 0 {
+            if ip.wrapping_sub(fast.0) < fast.1 - fast.0 {
+                // A frame lies above the one that it called, all of it inside the stack.
+                if bp < sp || bp >= top - 8 || bp % 8 != 0 {
                     // By the ABI: the process's entry point clears the register.
+                    return bp == 0;
+                }
+                slot = bp + 8;
+                sp = bp + 16;
+                // SAFETY: above the stack pointer, below the top: both words are inside the mapped stack.
+                (bp, ip) = unsafe { (*(bp as *const u64), *(slot as *const u64)) };
+                if ip == 0 {
                     return true;
                 }
-                (bp.wrapping_add(16), bp)
-            } else {
-                let cached = self.rule(ip, names);
-                let cfa = match cached.rule.kind {
-                    _ if cached.frame_pointers => bp.wrapping_add(16),
-                    Kind::Sp => sp.wrapping_add_signed(cached.rule.cfa_offset as i64),
-                    Kind::Bp => bp.wrapping_add_signed(cached.rule.cfa_offset as i64),
-                    Kind::Outermost => return true,
-                    Kind::Unknown => return false,
-                };
-                let bp_at = match cached.rule.bp_offset {
-                    _ if cached.frame_pointers => bp,
-                    0 => 0,
-                    offset => cfa.wrapping_add_signed(offset as i64),
-                };
-                (cfa, bp_at)
+                continue;
+            }
+            let cached = self.rule(ip, names);
+            let cfa = match cached.rule.kind {
+                _ if cached.frame_pointers => bp.wrapping_add(16),
+                Kind::Sp => sp.wrapping_add_signed(cached.rule.cfa_offset as i64),
+                Kind::Bp => bp.wrapping_add_signed(cached.rule.cfa_offset as i64),
+                Kind::Outermost => return true,
+                Kind::Unknown => return false,
             };
-            // A frame lies above the one that it called, all of it inside the stack.
+            let bp_at = match cached.rule.bp_offset {
+                _ if cached.frame_pointers => bp,
+                0 => 0,
+                offset => cfa.wrapping_add_signed(offset as i64),
+            };
+            // As above.
             if cfa < sp + 8 || cfa > top || cfa % 8 != 0 {
                 return false;
             }
