@@ -35,8 +35,8 @@ class Scenario:
     also: tuple = ()
     # All that stays in the process is of this one leak.
     alone: bool = False
-    # It goes on, however slow the machine, until there is more than a cache of the server's may hold: so many units, and
-    # so many contexts that a walk has seen.
+    # It goes on, however slow the machine, for so many units, or until a walk has seen so many contexts: more than a
+    # cache of the server's may hold, or as many as a rare leak takes to be seen.
     enough: int = 0
     many: int = 0
     # Filled by the run.
@@ -250,12 +250,12 @@ def corpus(pg_config, mode="sampled", seconds=10, interval="1s", only=None, rows
             query("SET parallel_setup_cost = 0; SET parallel_tuple_cost = 0; SET min_parallel_table_scan_size = 0;"
                   " SET max_parallel_workers_per_gather = 2")
             query.send("SELECT count(corpus_parallel(a)) FROM big")
-        longer = []
-        threads = []
-        for s in (s for s in scenarios if s.work):
-            others_go_on = lambda: any(thread.is_alive() for thread in longer)
-            threads.append(threading.Thread(target=drive, args=(cluster, s, until, others_go_on)))
-            longer += [threads[-1]] if s.enough or s.many else []
+        working = [s for s in scenarios if s.work]
+
+        def others_go_on():
+            return any(thread.is_alive() for s, thread in zip(working, threads) if s.enough or s.many)
+
+        threads = [threading.Thread(target=drive, args=(cluster, s, until, others_go_on)) for s in working]
         for thread in threads:
             thread.start()
         for thread in threads:

@@ -114,9 +114,9 @@ impl Memory {
     ///
     /// # Safety
     /// As for `recall_next`.
-    pub unsafe fn look_up<const GATHER: bool>(&mut self, sp: u64, key: u64) -> Option<&mut Remembered> {
+    pub unsafe fn look_up(&mut self, sp: u64, key: u64) -> Option<&mut Remembered> {
         // SAFETY: the caller's promise.
-        let at = unsafe { self.find::<GATHER>(sp, key) }?;
+        let at = unsafe { self.find::<false>(sp, key) }?;
         Some(&mut self.entries[at % ENTRIES])
     }
 

@@ -82,7 +82,7 @@ impl Stacks {
         // SAFETY: the caller's promise.
         unsafe {
             let key = self.callers.key(sp);
-            self.memory.look_up::<false>(sp, key)
+            self.memory.look_up(sp, key)
         }
     }
 
