@@ -52,6 +52,31 @@ def test_pgbench_raises_no_alarm(slow_server):
         session.close()
 
 
+def test_the_rows_of_a_cursor_are_no_leak_whoever_else_has_had_one(server):
+    settings = dict(rheap__mode="exact", rheap__scope="all", rheap__memory_limit="64MB", rheap__min_leak_bytes="0")
+    with Cluster(server, **settings) as cluster:
+        # No join can be read backwards: what the cursor has read is stored.
+        cursor = "DECLARE c SCROLL CURSOR FOR SELECT a, b FROM generate_series(1, 100) AS a, generate_series(1, 2) AS b"
+        before, now = cluster.session(), cluster.session()
+        for session in before, now:
+            session("BEGIN")
+            session(cursor)
+            for _ in range(50):
+                session("FETCH c")
+            if session is before:
+                session("COMMIT")
+                session("SELECT 1")
+        [row] = cluster.rows(
+            "SELECT verdict, generations, live_count, processes, reason FROM rheap_call_sites() "
+            "WHERE context ~ '/ExecutorState(/tuplestore tuples)?$' AND array_to_string(stack, ' ') LIKE '%tuplestore_puttupleslot%'"
+        )
+        assert (row["verdict"], row["generations"], row["live_count"], row["processes"]) == ("cache", 50, 50, 1)
+        assert row["reason"].startswith("kept until the transaction ends: the rows that a cursor has read; ")
+        assert cluster.rows("SELECT function, context, reason FROM rheap_leaks() WHERE context ~ '/ExecutorState'") == []
+        for session in before, now:
+            session.close()
+
+
 def test_suppression(server):
     settings = dict(rheap__mode="exact", rheap__walk_interval="1s")
     with Cluster(server, preload="rheap, corpus", **settings) as cluster:

@@ -105,11 +105,11 @@ pub unsafe fn decide(context: MemoryContext) -> Table {
             _ if settings::scope_all() => context == pg_sys::ErrorContext,
             _ => is_transient(context) && !tables::is_learned((*context).name),
         };
+        if context == pg_sys::MessageContext {
+            crate::process::first_message();
+        }
         if transient {
             tables::pass(context);
-            if context == pg_sys::MessageContext {
-                crate::process::first_message();
-            }
             Table::Pass
         } else {
             tables::watch(context);

@@ -270,6 +270,7 @@ impl Process {
         slot.resets.fetch_sub(wanted, AcqRel);
         self.follow_settings();
         if self.has_messages {
+            slot.transaction.store(self.ledger.epoch, Relaxed);
             // The baseline is what is there when the statement at hand is done.
             self.walk.hurry();
         }

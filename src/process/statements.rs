@@ -192,6 +192,7 @@ pub fn first_message() {
         {
             p.has_messages = true;
             slot.has_messages.store(1, Relaxed);
+            slot.transaction.store(p.ledger.epoch, Relaxed);
             p.follow_settings();
         }
     });

@@ -96,7 +96,9 @@ impl Gathered {
         let (ours, theirs) = (&mut self.judgement, other.judgement);
         let growth = ours.growth_bytes_per_s + theirs.growth_bytes_per_s;
         let generations = ours.generations.max(theirs.generations);
-        let of_transaction = ours.of_transaction && theirs.of_transaction;
+        // Of a process that holds nothing suspect, no matter how old.
+        let may_stay = |judgement: &Judgement| judgement.verdict < Verdict::Suspect || judgement.of_transaction;
+        let of_transaction = may_stay(ours) && may_stay(&theirs);
         // The strongest evidence of any one process decides.
         if (theirs.verdict, theirs.confidence) > (ours.verdict, ours.confidence) {
             *ours = theirs;

@@ -30,17 +30,12 @@ impl Look {
         let (share, slots) = super::slots(function, pid);
         let held = |(index, pid, slot): (u32, i32, &'static Slot)| {
             super::pause();
+            // Before the books: a transaction that ends meanwhile must not make its rows look like an older one's.
+            let progress = Progress::of(slot);
             // Who still has to forget holds nothing already.
             let counts = !slot.reset_pending();
             let (sites, rows) = if counts { share.held_by(index, pid) } else { (Vec::new(), Vec::new()) };
-            Held {
-                sites,
-                rows,
-                slot,
-                pid,
-                backend_type: super::backend_type(pid, slot).into(),
-                progress: Progress::of(slot),
-            }
+            Held { slot, pid, backend_type: super::backend_type(pid, slot).into(), progress, sites, rows }
         };
         Look { share, processes: slots.into_iter().map(held).collect() }
     }
