@@ -208,7 +208,17 @@ const UNTIL_TRANSACTION_END: &[(&str, &str)] = &[
     ("ExecHashTableInsert", "the rows that a cursor joins"),
     ("LookupTupleHashEntry*", "the groups of rows of a cursor"),
     ("tbm_*", "which rows a cursor reads"),
+    ("initArrayResult*", GATHERED),
+    ("accumArrayResult*", GATHERED),
+    ("string_agg_transfn", GATHERED),
+    ("bytea_string_agg_transfn", GATHERED),
+    ("json_agg_*", GATHERED),
+    ("json_object_agg_*", GATHERED),
+    ("jsonb_agg_*", GATHERED),
+    ("jsonb_object_agg_*", GATHERED),
 ];
+
+const GATHERED: &str = "what an aggregate has gathered";
 
 /// Whether contexts of a path are made with a relation that is made, and go when its transaction ends.
 pub fn goes_with_relation(path: &str) -> bool {
@@ -298,6 +308,8 @@ mod tests {
         );
         let cursor = stack(&["palloc", "ExecCopySlotMinimalTuple", "tuplestore_puttupleslot", "ExecMaterial"]);
         assert_eq!(until_transaction_ends(&cursor), Some("the rows that a cursor has read"));
+        let array = stack(&["repalloc", "accumArrayResult", "array_agg_transfn", "?"]);
+        assert_eq!(until_transaction_ends(&array), Some("what an aggregate has gathered"));
         assert_eq!(until_transaction_ends(&stack(&["palloc", "drandom"])), None);
     }
 }
