@@ -1,6 +1,5 @@
 //! How the ledger keeps within its memory: records thin out when it is used up, and everything can be given back.
 
-use super::entries::Record;
 use super::{Ledger, Precision, Sites, filter, sampling};
 
 impl Ledger {
@@ -11,13 +10,9 @@ impl Ledger {
 
     /// Returns to the mode's own precision when the memory allows it again.
     pub fn relax(&mut self) {
-        if self.thinned && self.budget.used - self.spare() < self.budget.limit / 4 {
+        if self.thinned && self.budget.used - self.records.spare() < self.budget.limit / 4 {
             self.set_precision(self.precision);
         }
-    }
-
-    fn spare(&self) -> usize {
-        (self.records.high() as usize - self.records.count()) * size_of::<Record>()
     }
 
     /// The budget is exhausted: follow fewer chunks from now on, and give up a part of those that are followed,
@@ -30,8 +25,7 @@ impl Ledger {
         }
         let bytes: u64 = (1..=self.records.high())
             .map(|id| self.records.get(id))
-            .filter(|r| r.address != 0)
-            .map(Record::size)
+            .map(|record| record.size().saturating_mul(record.count() as u64))
             .fold(0, u64::saturating_add);
         let mean = (bytes / live).max(1);
         // About half of the records of mean size survive the first time, and half of those the next time.
@@ -52,17 +46,23 @@ impl Ledger {
         for id in 1..=self.records.high() {
             let record = *self.records.get(id);
             let old = self.rates.rate(record.level());
-            if record.address == 0 || old >= rate {
+            if record.chunks == 0 || old >= rate {
                 continue;
             }
             let keep = sampling::probability(record.size(), rate) / sampling::probability(record.size(), old);
-            if self.rng.unit() <= keep {
-                let (old, new) = (self.live_weight(&record), sampling::weight(record.size(), rate));
+            let (old, new) = (self.live_weight(&record), sampling::weight(record.size(), rate));
+            let mut kept = false;
+            for address in record.addresses() {
+                if self.rng.unit() <= keep {
+                    kept = true;
+                    self.held = self.held.wrapping_add((new - old) * record.size());
+                    sites.site(record.site).reweigh(record.size(), old, new, record.epoch);
+                } else {
+                    self.give_up(id, address, sites);
+                }
+            }
+            if kept {
                 self.records.get_mut(id).size_level = record.size() | (level as u64) << 56;
-                self.held = self.held.wrapping_add((new - old) * record.size());
-                sites.site(record.site).reweigh(record.size(), old, new, record.epoch);
-            } else {
-                self.give_up(id, sites);
             }
         }
     }

@@ -31,11 +31,11 @@ impl Ledger {
         self.contexts.get(context).path
     }
 
-    /// (records alive, their requested bytes) of a context.
+    /// (followed chunks, their requested bytes) of a context.
     pub fn context_holds(&self, address: u64) -> (u32, u64) {
         match self.contexts.find(address) {
             0 => (0, 0),
-            id => (self.contexts.get(id).records, self.contexts.get(id).bytes),
+            id => (self.contexts.get(id).chunks, self.contexts.get(id).bytes),
         }
     }
 
@@ -50,10 +50,17 @@ impl Ledger {
             self.pair(address, &chunk, stamp, sites);
             ended += 1;
         }
-        while self.contexts.get(context).head != 0 {
-            self.end(self.contexts.get(context).head, sites);
-            self.balance = self.balance.wrapping_add(1);
-            ended += 1;
+        loop {
+            let head = self.contexts.get(context).head;
+            if head == 0 {
+                break;
+            }
+            let record = *self.records.get(head);
+            for address in record.addresses() {
+                self.end(head, address, sites);
+            }
+            self.balance = self.balance.wrapping_add(record.count() as u64);
+            ended += record.count();
         }
         ended
     }
@@ -93,7 +100,9 @@ impl Ledger {
             let from = sites.site(record.site);
             let cell = self.cell_of(from.stack(), old_path);
             if let Some(site) = open(self, from.stack(), path, cell) {
-                from.hand_over(sites.site(site), record.size(), self.live_weight(&record), record.epoch);
+                for _ in 0..record.count() {
+                    from.hand_over(sites.site(site), record.size(), self.live_weight(&record), record.epoch);
+                }
                 self.records.get_mut(id).site = site;
             }
             id = record.next;

@@ -4,14 +4,12 @@
 //! hashed by the stretch of memory that they lie in, and each stretch has a short list of its records. An allocation
 //! therefore touches memory that the last one touched, and so does the free of its neighbour.
 
-use super::entries::Record;
+use super::entries::{Record, STRETCH, grain};
 use super::region::{Budget, Region};
 use super::table::{Entry, Table, mix};
 
-/// Addresses of a stretch share all bits above this one.
-const STRETCH: u32 = 10;
-/// As large as the smallest chunk with its header.
-const GRAIN: u64 = 16;
+/// So many records of a stretch are looked at for one that a chunk is like.
+const ALIKE: usize = 4;
 const LATELY: usize = 16;
 
 #[derive(Clone, Copy, Default)]
@@ -44,7 +42,7 @@ impl Entry for Stretch {
     }
 }
 
-/// Records by address. Ids start at 1; 0 is "none".
+/// Records by the addresses of their chunks. Ids start at 1; 0 is "none".
 pub struct Index {
     records: Region<Record>,
     stretches: Table<Stretch>,
@@ -52,19 +50,14 @@ pub struct Index {
     lately: [u32; LATELY],
     high: u32,
     free: u32,
-    live: u32,
+    used: u32,
+    /// Chunks in them.
+    live: usize,
 }
 
 #[inline]
 fn number(address: u64) -> u64 {
     (address >> STRETCH) + 1
-}
-
-/// The grain of an address in its stretch.
-#[inline]
-fn grain(address: u64) -> u64 {
-    const _: () = assert!(1 << STRETCH == 64 * GRAIN);
-    1 << (address / GRAIN % 64)
 }
 
 #[inline]
@@ -74,15 +67,28 @@ fn lately(number: u64) -> usize {
 
 impl Index {
     pub const fn new() -> Self {
-        Index { records: Region::new(), stretches: Table::new(), lately: [0; LATELY], high: 0, free: 0, live: 0 }
+        Index {
+            records: Region::new(),
+            stretches: Table::new(),
+            lately: [0; LATELY],
+            high: 0,
+            free: 0,
+            used: 0,
+            live: 0,
+        }
     }
 
-    /// Records in use.
+    /// Chunks that have a record.
     pub fn count(&self) -> usize {
-        self.live as usize
+        self.live
     }
 
-    /// The highest id given out so far; ids up to here may be unused, which their address 0 tells.
+    /// Bytes of records that are not in use.
+    pub fn spare(&self) -> usize {
+        (self.high - self.used) as usize * size_of::<Record>()
+    }
+
+    /// The highest id given out so far; ids up to here may be unused.
     pub fn high(&self) -> u32 {
         self.high
     }
@@ -127,7 +133,7 @@ impl Index {
         let mut id = head;
         while id != 0 {
             let record = self.records.get(id as usize);
-            if record.address == address {
+            if record.has(address) {
                 return id;
             }
             id = record.chain;
@@ -135,7 +141,30 @@ impl Index {
         0
     }
 
-    /// Adds a record, whose stretch is known, and returns its id, or 0 when the budget is exhausted.
+    /// Lets the chunk of a record, whose stretch is known, join those of one that it is like. False if there is none.
+    #[inline]
+    pub fn join(&mut self, record: &Record, stretch: u32) -> bool {
+        if stretch == 0 {
+            return false;
+        }
+        let mut id = self.stretches.get(stretch).head;
+        for _ in 0..ALIKE {
+            if id == 0 {
+                break;
+            }
+            let known = self.records.get_mut(id as usize);
+            if known.is_like(record) {
+                known.chunks |= record.chunks;
+                self.stretches.get_mut(stretch).seen |= record.chunks;
+                self.live += 1;
+                return true;
+            }
+            id = known.chain;
+        }
+        false
+    }
+
+    /// Adds a record of one chunk, whose stretch is known, and returns its id, or 0 when the budget is exhausted.
     #[inline]
     pub fn insert(&mut self, mut record: Record, stretch: u32, budget: &mut Budget) -> u32 {
         let id = if self.free != 0 {
@@ -151,11 +180,11 @@ impl Index {
             let known = self.stretches.get_mut(stretch);
             record.chain = known.head;
             known.head = id;
-            known.seen |= grain(record.address);
-            self.lately[lately(number(record.address))] = stretch;
+            known.seen |= record.chunks;
+            self.lately[lately(number(record.base))] = stretch;
         } else {
             record.chain = 0;
-            if !self.insert_stretch(record.address, id, budget) {
+            if !self.insert_stretch(&record, id, budget) {
                 return 0;
             }
         }
@@ -165,23 +194,33 @@ impl Index {
             self.high = id;
         }
         *self.records.get_mut(id as usize) = record;
+        self.used += 1;
         self.live += 1;
         id
     }
 
     /// A stretch with its first record. False when the budget is exhausted.
     #[inline(never)]
-    fn insert_stretch(&mut self, address: u64, head: u32, budget: &mut Budget) -> bool {
-        let number = number(address);
-        let stretch = self.stretches.insert(Stretch { number, seen: grain(address), head, chain: 0 }, budget);
+    fn insert_stretch(&mut self, record: &Record, head: u32, budget: &mut Budget) -> bool {
+        let number = number(record.base);
+        let stretch = self.stretches.insert(Stretch { number, seen: record.chunks, head, chain: 0 }, budget);
         self.lately[lately(number)] = stretch;
         stretch != 0
     }
 
-    /// Removes a record by its id.
+    /// Takes a chunk out of its record. True if it was the last: then the record is to be removed.
+    #[inline]
+    pub fn leave(&mut self, id: u32, address: u64) -> bool {
+        let record = self.records.get_mut(id as usize);
+        record.chunks &= !grain(address);
+        self.live -= 1;
+        record.chunks == 0
+    }
+
+    /// Removes an empty record by its id.
     pub fn remove(&mut self, id: u32) {
         let record = *self.records.get(id as usize);
-        let stretch = self.stretch(record.address);
+        let stretch = self.stretch(record.base);
         debug_assert!(stretch != 0, "a record's stretch is known");
         if stretch == 0 {
             return;
@@ -204,20 +243,20 @@ impl Index {
         }
         *self.records.get_mut(id as usize) = Record { chain: self.free, ..Record::default() };
         self.free = id;
-        self.live -= 1;
+        self.used -= 1;
     }
 
     /// Forgets everything that is a parent's.
     pub fn abandon(&mut self, budget: &mut Budget) {
         self.records.abandon(budget);
         self.stretches.abandon(budget);
-        (self.lately, self.high, self.free, self.live) = ([0; LATELY], 0, 0, 0);
+        (self.lately, self.high, self.free, self.used, self.live) = ([0; LATELY], 0, 0, 0, 0);
     }
 
     /// Forgets everything and gives the memory back.
     pub fn clear(&mut self, budget: &mut Budget) {
         self.records.release(budget);
         self.stretches.clear(budget);
-        (self.lately, self.high, self.free, self.live) = ([0; LATELY], 0, 0, 0);
+        (self.lately, self.high, self.free, self.used, self.live) = ([0; LATELY], 0, 0, 0, 0);
     }
 }

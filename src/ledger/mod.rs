@@ -82,7 +82,7 @@ pub struct Ledger {
     dropped: u64,
     /// Bytes that all accounts together hold, in the fixed point of the accounts.
     pub held: u64,
-    /// Records whose chunk was freed, less the pending chunks that were given one.
+    /// Chunks with a record that were freed, less the pending chunks that were given one.
     balance: u64,
     last_context: u32,
     /// The process's count of work.
@@ -160,7 +160,7 @@ impl Ledger {
         self.held / ONE
     }
 
-    /// Records alive.
+    /// Chunks that have a record.
     pub fn records(&self) -> usize {
         self.records.count()
     }
@@ -298,7 +298,7 @@ impl Ledger {
         let mut stretch = self.records.stretch(address);
         let old = self.records.find_in(stretch, address);
         if old != 0 {
-            self.end(old, sites);
+            self.end(old, address, sites);
             self.balance = self.balance.wrapping_add(1);
             stretch = self.records.stretch(address);
         }
@@ -330,27 +330,27 @@ impl Ledger {
     /// False when there is no memory for the record.
     #[inline(always)]
     fn insert(&mut self, address: u64, chunk: &Chunk, stretch: u32) -> bool {
-        let context = chunk.holder.context();
-        let head = self.contexts.get(context).head;
-        let record = Record {
-            address,
-            size_level: chunk.size & ((1 << 56) - 1) | (chunk.level as u64) << 56,
-            site: chunk.holder.site(),
-            context,
-            epoch: chunk.epoch,
-            previous: 0,
-            next: head,
-            chain: 0,
-        };
-        let id = self.records.insert(record, stretch, &mut self.budget);
+        let (id, site) = (chunk.holder.context(), chunk.holder.site());
+        let record = Record::of(address, chunk.size, chunk.level as u8, site, id, chunk.epoch);
+        if !self.records.join(&record, stretch) && !self.insert_record(record, stretch) {
+            return false;
+        }
+        let context = self.contexts.get_mut(id);
+        context.chunks += 1;
+        context.bytes += chunk.size;
+        true
+    }
+
+    /// A record of its own, in its context's list.
+    #[inline(always)]
+    fn insert_record(&mut self, record: Record, stretch: u32) -> bool {
+        let head = self.contexts.get(record.context).head;
+        let id = self.records.insert(Record { next: head, ..record }, stretch, &mut self.budget);
         if id != 0 {
             if head != 0 {
                 self.records.get_mut(head).previous = id;
             }
-            let context = self.contexts.get_mut(context);
-            context.head = id;
-            context.records += 1;
-            context.bytes += chunk.size;
+            self.contexts.get_mut(record.context).head = id;
         }
         id != 0
     }
@@ -363,9 +363,19 @@ impl Ledger {
         self.insert(address, chunk, self.records.stretch(address))
     }
 
-    /// Takes a record out of the table and of its context's list. The account is the caller's.
-    fn take(&mut self, id: u32) -> Record {
+    /// Takes a chunk out of its record, which goes with the last. The account is the caller's.
+    fn take(&mut self, id: u32, address: u64) -> Record {
         let record = *self.records.get(id);
+        let context = self.contexts.get_mut(record.context);
+        context.chunks -= 1;
+        context.bytes -= record.size();
+        if self.records.leave(id, address) {
+            self.remove_record(id, &record);
+        }
+        record
+    }
+
+    fn remove_record(&mut self, id: u32, record: &Record) {
         if record.previous != 0 {
             self.records.get_mut(record.previous).next = record.next;
         } else {
@@ -374,35 +384,31 @@ impl Ledger {
         if record.next != 0 {
             self.records.get_mut(record.next).previous = record.previous;
         }
-        let context = self.contexts.get_mut(record.context);
-        context.records -= 1;
-        context.bytes -= record.size();
         self.records.remove(id);
-        record
     }
 
     fn live_weight(&self, record: &Record) -> u64 {
         self.rates.weight(record.size(), record.level())
     }
 
-    /// The chunk of a record is gone.
+    /// A chunk of a record is gone.
     #[inline(never)]
-    fn end(&mut self, id: u32, sites: &impl Sites) {
-        let (record, weight) = self.close(id);
+    fn end(&mut self, id: u32, address: u64, sites: &impl Sites) {
+        let (record, weight) = self.close(id, address);
         sites.site(record.site).end(record.size(), weight, record.epoch, self.epoch);
     }
 
-    /// A record is given up for want of memory, though its chunk lives on.
-    fn give_up(&mut self, id: u32, sites: &impl Sites) {
-        let (record, weight) = self.close(id);
+    /// A chunk is given up for want of memory, though it lives on.
+    fn give_up(&mut self, id: u32, address: u64, sites: &impl Sites) {
+        let (record, weight) = self.close(id, address);
         sites.site(record.site).give_up(record.size(), weight, record.epoch);
         self.dropped += 1;
     }
 
-    /// Takes a record out of everything but its account; and what it stood for.
-    fn close(&mut self, id: u32) -> (Record, u64) {
-        let record = self.take(id);
-        self.filter.remove(record.address);
+    /// Takes a chunk out of everything but its account; and what it stood for.
+    fn close(&mut self, id: u32, address: u64) -> (Record, u64) {
+        let record = self.take(id, address);
+        self.filter.remove(address);
         let weight = self.live_weight(&record);
         self.held = self.held.wrapping_sub(weight * record.size());
         (record, weight)
@@ -429,7 +435,7 @@ impl Ledger {
         if id == 0 {
             return false;
         }
-        self.end(id, sites);
+        self.end(id, address, sites);
         self.balance = self.balance.wrapping_add(1);
         true
     }
