@@ -1,29 +1,33 @@
 //! The records of followed chunks, found by address.
 //!
-//! Chunks that are allocated one after another lie near each other, and their records should too: addresses are
-//! hashed by the stretch of memory that they lie in, and each stretch has a short list of its records. An allocation
-//! therefore touches memory that the last one touched, and so does the free of its neighbour.
+//! Chunks that are allocated one after another lie near each other, and their records should too: a stretch of memory has
+//! a short list of its records, and neighbouring stretches lie in one entry of the hash table. An allocation therefore
+//! touches memory that the last one touched, and so does the free of its neighbour.
 
 use super::entries::{Record, STRETCH, grain};
 use super::region::{Budget, Region};
-use super::table::{Entry, Table, mix};
+use super::table::{Entry, Table};
 
+/// Stretches of an area: what is known of them fills a few cache lines.
+const STRETCHES: usize = 16;
 /// So many records of a stretch are looked at for one that a chunk is like.
 const ALIKE: usize = 4;
 const LATELY: usize = 16;
 
 #[derive(Clone, Copy, Default)]
-struct Stretch {
+struct Area {
     /// Plus 1, so that it is never 0.
     number: u64,
-    /// Where in it chunks have had records: a bit for each grain.
-    seen: u64,
-    /// Id of its first record; there is one as long as the stretch is known.
-    head: u32,
     chain: u32,
+    /// Stretches that have records; there is one as long as the area is known.
+    used: u32,
+    /// Ids of their first records.
+    heads: [u32; STRETCHES],
+    /// Where in them chunks have had records, since there were none: a bit for each grain.
+    seen: [u64; STRETCHES],
 }
 
-impl Entry for Stretch {
+impl Entry for Area {
     fn key(&self) -> u64 {
         self.number
     }
@@ -33,20 +37,25 @@ impl Entry for Stretch {
     fn set_chain(&mut self, next: u32) {
         self.chain = next;
     }
+}
 
-    /// Neighbours have their buckets, and with them what else hangs there, on one cache line.
+impl Area {
+    /// Makes a record the first of its stretch. Returns the one that was.
     #[inline]
-    fn hash(key: u64) -> usize {
-        const NEAR: u64 = 16;
-        mix(key / NEAR).wrapping_mul(NEAR as usize) + (key % NEAR) as usize
+    fn put(&mut self, id: u32, record: &Record) -> u32 {
+        let at = stretch(record.base);
+        let head = std::mem::replace(&mut self.heads[at], id);
+        self.used += (head == 0) as u32;
+        self.seen[at] |= record.chunks;
+        head
     }
 }
 
 /// Records by the addresses of their chunks. Ids start at 1; 0 is "none".
 pub struct Index {
     records: Region<Record>,
-    stretches: Table<Stretch>,
-    /// Ids of the stretches that were used last, by the low bits of their numbers: chunks come in a few rows at once.
+    areas: Table<Area>,
+    /// Ids of the areas that were used last, by the low bits of their numbers: chunks come in a few rows at once.
     lately: [u32; LATELY],
     high: u32,
     free: u32,
@@ -57,7 +66,13 @@ pub struct Index {
 
 #[inline]
 fn number(address: u64) -> u64 {
-    (address >> STRETCH) + 1
+    (address >> STRETCH) / STRETCHES as u64 + 1
+}
+
+/// Which of its area.
+#[inline]
+fn stretch(address: u64) -> usize {
+    (address >> STRETCH) as usize % STRETCHES
 }
 
 #[inline]
@@ -67,15 +82,7 @@ fn lately(number: u64) -> usize {
 
 impl Index {
     pub const fn new() -> Self {
-        Index {
-            records: Region::new(),
-            stretches: Table::new(),
-            lately: [0; LATELY],
-            high: 0,
-            free: 0,
-            used: 0,
-            live: 0,
-        }
+        Index { records: Region::new(), areas: Table::new(), lately: [0; LATELY], high: 0, free: 0, used: 0, live: 0 }
     }
 
     /// Chunks that have a record.
@@ -103,34 +110,34 @@ impl Index {
         self.records.get_mut(id as usize)
     }
 
-    /// Id of the stretch of an address, or 0 if it has no records.
+    /// Id of the area of an address, or 0 if it has no records.
     #[inline(always)]
-    pub fn stretch(&self, address: u64) -> u32 {
+    pub fn area(&self, address: u64) -> u32 {
         let number = number(address);
         let last = self.lately[lately(number)];
-        if last != 0 && self.stretches.get(last).number == number {
+        if last != 0 && self.areas.get(last).number == number {
             return last;
         }
-        self.stretches.find(number)
+        self.areas.find(number)
     }
 
     /// Id of the record of a chunk, or 0.
     #[inline]
     pub fn find(&self, address: u64) -> u32 {
-        self.find_in(self.stretch(address), address)
+        self.find_in(self.area(address), address)
     }
 
-    /// The same where the stretch is known.
+    /// The same where the area is known.
     #[inline]
-    pub fn find_in(&self, stretch: u32, address: u64) -> u32 {
-        if stretch == 0 {
+    pub fn find_in(&self, area: u32, address: u64) -> u32 {
+        if area == 0 {
             return 0;
         }
-        let Stretch { seen, head, .. } = *self.stretches.get(stretch);
-        if seen & grain(address) == 0 {
+        let (area, at) = (self.areas.get(area), stretch(address));
+        if area.seen[at] & grain(address) == 0 {
             return 0;
         }
-        let mut id = head;
+        let mut id = area.heads[at];
         while id != 0 {
             let record = self.records.get(id as usize);
             if record.has(address) {
@@ -141,13 +148,14 @@ impl Index {
         0
     }
 
-    /// Lets the chunk of a record, whose stretch is known, join those of one that it is like. False if there is none.
-    #[inline]
-    pub fn join(&mut self, record: &Record, stretch: u32) -> bool {
-        if stretch == 0 {
+    /// Lets the chunk of a record, whose area is known, join those of one that it is like. False if there is none.
+    #[inline(always)]
+    pub fn join(&mut self, record: &Record, area: u32) -> bool {
+        if area == 0 {
             return false;
         }
-        let mut id = self.stretches.get(stretch).head;
+        let at = stretch(record.base);
+        let mut id = self.areas.get(area).heads[at];
         for _ in 0..ALIKE {
             if id == 0 {
                 break;
@@ -155,7 +163,7 @@ impl Index {
             let known = self.records.get_mut(id as usize);
             if known.is_like(record) {
                 known.chunks |= record.chunks;
-                self.stretches.get_mut(stretch).seen |= record.chunks;
+                self.areas.get_mut(area).seen[at] |= record.chunks;
                 self.live += 1;
                 return true;
             }
@@ -164,9 +172,9 @@ impl Index {
         false
     }
 
-    /// Adds a record of one chunk, whose stretch is known, and returns its id, or 0 when the budget is exhausted.
+    /// Adds a record of one chunk, whose area is known, and returns its id, or 0 when the budget is exhausted.
     #[inline]
-    pub fn insert(&mut self, mut record: Record, stretch: u32, budget: &mut Budget) -> u32 {
+    pub fn insert(&mut self, mut record: Record, area: u32, budget: &mut Budget) -> u32 {
         let id = if self.free != 0 {
             self.free
         } else {
@@ -176,15 +184,12 @@ impl Index {
             }
             id
         };
-        if stretch != 0 {
-            let known = self.stretches.get_mut(stretch);
-            record.chain = known.head;
-            known.head = id;
-            known.seen |= record.chunks;
-            self.lately[lately(number(record.base))] = stretch;
+        if area != 0 {
+            record.chain = self.areas.get_mut(area).put(id, &record);
+            self.lately[lately(number(record.base))] = area;
         } else {
             record.chain = 0;
-            if !self.insert_stretch(&record, id, budget) {
+            if !self.insert_area(&record, id, budget) {
                 return 0;
             }
         }
@@ -199,13 +204,15 @@ impl Index {
         id
     }
 
-    /// A stretch with its first record. False when the budget is exhausted.
+    /// An area with its first record. False when the budget is exhausted.
     #[inline(never)]
-    fn insert_stretch(&mut self, record: &Record, head: u32, budget: &mut Budget) -> bool {
+    fn insert_area(&mut self, record: &Record, head: u32, budget: &mut Budget) -> bool {
         let number = number(record.base);
-        let stretch = self.stretches.insert(Stretch { number, seen: record.chunks, head, chain: 0 }, budget);
-        self.lately[lately(number)] = stretch;
-        stretch != 0
+        let mut area = Area { number, ..Area::default() };
+        area.put(head, record);
+        let id = self.areas.insert(area, budget);
+        self.lately[lately(number)] = id;
+        id != 0
     }
 
     /// Takes a chunk out of its record. True if it was the last: then the record is to be removed.
@@ -220,26 +227,33 @@ impl Index {
     /// Removes an empty record by its id.
     pub fn remove(&mut self, id: u32) {
         let record = *self.records.get(id as usize);
-        let stretch = self.stretch(record.base);
-        debug_assert!(stretch != 0, "a record's stretch is known");
-        if stretch == 0 {
+        let area = self.area(record.base);
+        debug_assert!(area != 0, "a record's area is known");
+        if area == 0 {
             return;
         }
-        let head = self.stretches.get(stretch).head;
+        let at = stretch(record.base);
+        let head = self.areas.get(area).heads[at];
         if head != id {
-            let mut at = head;
-            while at != 0 && self.records.get(at as usize).chain != id {
-                at = self.records.get(at as usize).chain;
+            let mut before = head;
+            while before != 0 && self.records.get(before as usize).chain != id {
+                before = self.records.get(before as usize).chain;
             }
-            debug_assert!(at != 0, "a record is in the list of its stretch");
+            debug_assert!(before != 0, "a record is in the list of its stretch");
             // The end of the list, rather than no end of looking for what is not there.
-            if at != 0 {
-                self.records.get_mut(at as usize).chain = record.chain;
+            if before != 0 {
+                self.records.get_mut(before as usize).chain = record.chain;
             }
-        } else if record.chain != 0 {
-            self.stretches.get_mut(stretch).head = record.chain;
         } else {
-            self.stretches.remove(stretch, Stretch::default());
+            let known = self.areas.get_mut(area);
+            known.heads[at] = record.chain;
+            if record.chain == 0 {
+                known.seen[at] = 0;
+                known.used -= 1;
+                if known.used == 0 {
+                    self.areas.remove(area, Area::default());
+                }
+            }
         }
         *self.records.get_mut(id as usize) = Record { chain: self.free, ..Record::default() };
         self.free = id;
@@ -249,14 +263,14 @@ impl Index {
     /// Forgets everything that is a parent's.
     pub fn abandon(&mut self, budget: &mut Budget) {
         self.records.abandon(budget);
-        self.stretches.abandon(budget);
+        self.areas.abandon(budget);
         (self.lately, self.high, self.free, self.used, self.live) = ([0; LATELY], 0, 0, 0, 0);
     }
 
     /// Forgets everything and gives the memory back.
     pub fn clear(&mut self, budget: &mut Budget) {
         self.records.release(budget);
-        self.stretches.clear(budget);
+        self.areas.clear(budget);
         (self.lately, self.high, self.free, self.used, self.live) = ([0; LATELY], 0, 0, 0, 0);
     }
 }

@@ -294,15 +294,15 @@ impl Ledger {
     /// Makes the record of a chunk that is none of those pending any more; `expected`: the filter still counts it. A
     /// record that the address still has is of a chunk whose free was missed: it ends now.
     fn enter(&mut self, address: u64, chunk: &Chunk, expected: bool, stamp: Stamp, sites: &impl Sites) {
-        // Looked for once: a stretch that is not known yet costs two lines of memory that nothing else needs.
-        let mut stretch = self.records.stretch(address);
-        let old = self.records.find_in(stretch, address);
+        // Looked for once: an area that is not known yet costs two lines of memory that nothing else needs.
+        let mut area = self.records.area(address);
+        let old = self.records.find_in(area, address);
         if old != 0 {
             self.end(old, address, sites);
             self.balance = self.balance.wrapping_add(1);
-            stretch = self.records.stretch(address);
+            area = self.records.area(address);
         }
-        let inserted = self.insert(address, chunk, stretch) || self.insert_at_last(address, chunk, sites);
+        let inserted = self.insert(address, chunk, area) || self.insert_at_last(address, chunk, sites);
         let Chunk { size, level, .. } = *chunk;
         let stamp = Stamp { epoch: chunk.epoch, ..stamp };
         let weight = self.rates.weight(size, level as u8);
@@ -329,10 +329,10 @@ impl Ledger {
 
     /// False when there is no memory for the record.
     #[inline(always)]
-    fn insert(&mut self, address: u64, chunk: &Chunk, stretch: u32) -> bool {
+    fn insert(&mut self, address: u64, chunk: &Chunk, area: u32) -> bool {
         let (id, site) = (chunk.holder.context(), chunk.holder.site());
         let record = Record::of(address, chunk.size, chunk.level as u8, site, id, chunk.epoch);
-        if !self.records.join(&record, stretch) && !self.insert_record(record, stretch) {
+        if !self.records.join(&record, area) && !self.insert_record(record, area) {
             return false;
         }
         let context = self.contexts.get_mut(id);
@@ -343,9 +343,9 @@ impl Ledger {
 
     /// A record of its own, in its context's list.
     #[inline(always)]
-    fn insert_record(&mut self, record: Record, stretch: u32) -> bool {
+    fn insert_record(&mut self, record: Record, area: u32) -> bool {
         let head = self.contexts.get(record.context).head;
-        let id = self.records.insert(Record { next: head, ..record }, stretch, &mut self.budget);
+        let id = self.records.insert(Record { next: head, ..record }, area, &mut self.budget);
         if id != 0 {
             if head != 0 {
                 self.records.get_mut(head).previous = id;
@@ -360,7 +360,7 @@ impl Ledger {
     #[inline(never)]
     fn insert_at_last(&mut self, address: u64, chunk: &Chunk, sites: &impl Sites) -> bool {
         self.thin(sites);
-        self.insert(address, chunk, self.records.stretch(address))
+        self.insert(address, chunk, self.records.area(address))
     }
 
     /// Takes a chunk out of its record, which goes with the last. The account is the caller's.
