@@ -408,7 +408,7 @@ def test_at_the_least_memory_limit_every_allocation_is_counted(cluster, session)
     session("SET rheap.memory_limit = '4MB'")
     session("SELECT 1")
     for _ in range(5):
-        session("SELECT leaky_leak(100000, 16)")
+        session("SELECT leaky_leak(1000000, 16)")
     session("SELECT leaky_tree(5000), leaky_sites(0, 4096, 16)")
     session("SELECT pg_sleep(0.1)")
     session("SELECT 1")
@@ -417,8 +417,8 @@ def test_at_the_least_memory_limit_every_allocation_is_counted(cluster, session)
     [site] = cluster.rows(
         f"SELECT sum(alloc_count) AS alloc_count, sum(live_count) AS live_count, bool_and(exact) AS exact FROM rheap_call_sites({session.pid}) WHERE function = 'leaky_leak'"
     )
-    assert site["alloc_count"] == 500_000 and site["exact"] is False
-    assert abs(site["live_count"] - 500_000) <= 0.05 * 500_000
+    assert site["alloc_count"] == 5_000_000 and site["exact"] is False
+    assert abs(site["live_count"] - 5_000_000) <= 0.05 * 5_000_000
 
 
 def test_a_mapping_that_is_refused_leaves_the_server_without_rheap(slow_server):
