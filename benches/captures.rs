@@ -14,9 +14,10 @@ use rheap::stack::{Regs, Stacks, Trace, Unwinder};
 const FRAMES: usize = 20;
 const DEPTH: usize = 24;
 
-/// Functions with frame pointers, as a server that keeps them is compiled: `levels` calls, then `f`.
+/// Functions with frame pointers, as a server that keeps them is compiled: `levels` calls, then `f`, which is told the
+/// stack and frame pointers that it is entered with, as the hooks are.
 #[unsafe(naked)]
-unsafe extern "C" fn with_frame_pointers(f: extern "C" fn(*mut u8), argument: *mut u8, levels: u64) {
+unsafe extern "C" fn with_frame_pointers(f: extern "C" fn(*mut u8, u64, u64), argument: *mut u8, levels: u64) {
     std::arch::naked_asm!(
         ".cfi_startproc",
         "push rbp",
@@ -32,6 +33,8 @@ unsafe extern "C" fn with_frame_pointers(f: extern "C" fn(*mut u8), argument: *m
         "2:",
         "mov rax, rdi",
         "mov rdi, rsi",
+        "lea rsi, [rsp - 8]",
+        "mov rdx, rbp",
         "call rax",
         "3:",
         "pop rbp",
@@ -237,23 +240,23 @@ fn frame_pointers(c: &mut Criterion) {
         c: &'a mut Criterion,
         rheap: Rheap,
     }
-    extern "C" fn measure(bench: *mut u8) {
+    extern "C" fn measure(bench: *mut u8, sp: u64, bp: u64) {
         // SAFETY: `frame_pointers` passes its own Bench.
         let bench = unsafe { &mut *bench.cast::<Bench>() };
-        with_registers(&mut |regs| {
-            let mut group = bench.c.benchmark_group("capture, frame pointers, one stack");
-            let start = with_frame_pointers as *const () as u64;
-            bench.rheap.unwinder.assume_frame_pointers(start, start + 64);
-            group.bench_function("rheap", |b| b.iter(|| black_box(bench.rheap.capture(black_box(regs)))));
-            group.bench_function("rheap, walked anew", |b| {
-                b.iter(|| {
-                    let Rheap { unwinder, share, trace, .. } = &mut bench.rheap;
-                    unwinder.walk(black_box(regs), FRAMES, trace, &share.modules);
-                    black_box(&*trace);
-                })
-            });
-            group.finish();
+        let regs = Regs { sp, bp };
+        let start = with_frame_pointers as *const () as u64;
+        bench.rheap.unwinder.assume_frame_pointers(start, start + 64);
+        let mut group = bench.c.benchmark_group("capture, frame pointers, one stack");
+        group.bench_function("rheap", |b| b.iter(|| black_box(bench.rheap.capture(black_box(regs)))));
+        group.bench_function("rheap, walked anew", |b| {
+            b.iter(|| {
+                let Rheap { unwinder, share, trace, .. } = &mut bench.rheap;
+                unwinder.walk(black_box(regs), FRAMES, trace, &share.modules);
+                black_box(&*trace);
+            })
         });
+        assert_eq!(bench.rheap.trace.frames(), FRAMES, "the frame pointers lead nowhere");
+        group.finish();
     }
     let mut bench = Bench { c, rheap: Rheap::new() };
     // SAFETY: the naked function passes the pointer on to `measure` and touches nothing else.

@@ -28,9 +28,11 @@ impl Ledger {
             .map(|record| record.size().saturating_mul(record.count() as u64))
             .fold(0, u64::saturating_add);
         let mean = (bytes / live).max(1);
-        // About half of the records of mean size survive the first time, and half of those the next time.
+        // About half of the records of mean size survive the first time, and half of those the next time: a record goes
+        // with the last of its chunks.
         let before = self.rates.rate(self.level).max(self.cells.floor());
-        let level = self.rates.level((before.max(mean * 3 / 4) * 2).max(2));
+        let fewer = self.records.shared_by().saturating_mul(2);
+        let level = self.rates.level(before.max(mean * 3 / 4).saturating_mul(fewer).max(2));
         let rate = self.rates.rate(level);
         if rate <= before {
             return;

@@ -8,8 +8,8 @@ use super::entries::{Record, STRETCH, grain};
 use super::region::{Budget, Region};
 use super::table::{Entry, Table};
 
-/// Stretches of an area: what is known of them fills a few cache lines.
-const STRETCHES: usize = 16;
+/// Stretches of an area: what is known of them fills one cache line.
+const STRETCHES: usize = 4;
 /// So many records of a stretch are looked at for one that a chunk is like.
 const ALIKE: usize = 4;
 const LATELY: usize = 16;
@@ -26,6 +26,8 @@ struct Area {
     /// Where in them chunks have had records, since there were none: a bit for each grain.
     seen: [u64; STRETCHES],
 }
+
+const _: () = assert!(size_of::<Area>() == 64);
 
 impl Entry for Area {
     fn key(&self) -> u64 {
@@ -88,6 +90,11 @@ impl Index {
     /// Chunks that have a record.
     pub fn count(&self) -> usize {
         self.live
+    }
+
+    /// Chunks to a record, rounded; there are some.
+    pub fn shared_by(&self) -> u64 {
+        (self.live as u64 + self.used as u64 / 2) / self.used as u64
     }
 
     /// Bytes of records that are not in use.
