@@ -52,11 +52,11 @@ impl Trace {
         unsafe { &*(&raw const self.slots[..self.frames] as *const [u64]) }
     }
 
+    /// The caller counts, in a register.
     #[inline(always)]
-    fn push(&mut self, address: u64, slot: u64) {
-        self.addresses[self.frames].write(address);
-        self.slots[self.frames].write(slot);
-        self.frames += 1;
+    fn put(&mut self, frame: usize, address: u64, slot: u64) {
+        self.addresses[frame].write(address);
+        self.slots[frame].write(slot);
     }
 }
 
@@ -154,36 +154,38 @@ impl Unwinder {
     /// Walks the stack at these registers into `trace`, at most `depth` frames of it.
     #[inline]
     pub fn walk(&mut self, regs: Regs, depth: usize, trace: &mut Trace, names: &Dictionary) {
-        trace.frames = 0;
-        trace.cut = !self.follow(regs, depth.min(MAX_FRAMES), trace, names);
+        let (frames, complete) = self.follow(regs, depth, trace, names);
+        (trace.frames, trace.cut) = (frames, !complete);
     }
 
-    /// Whether it got to the process's first frame.
+    /// How many frames there are, and whether they go to the process's first.
     #[inline]
-    fn follow(&mut self, regs: Regs, depth: usize, trace: &mut Trace, names: &Dictionary) -> bool {
+    fn follow(&mut self, regs: Regs, depth: usize, trace: &mut Trace, names: &Dictionary) -> (usize, bool) {
         let Regs { mut sp, mut bp } = regs;
         let (top, fast) = (self.top, self.fast);
         if sp < self.lowest || sp >= top || sp % 8 != 0 {
-            return false;
+            return (0, false);
         }
         let mut slot = sp;
         // SAFETY: sp lies in the process's stack, above the current stack pointer: mapped up to the top.
         let mut ip = unsafe { *(sp as *const u64) };
         sp += 8;
-        while trace.frames < depth {
-            trace.push(ip, slot);
+        let mut frames = 0;
+        while frames < depth.min(MAX_FRAMES) {
+            trace.put(frames, ip, slot);
+            frames += 1;
             if ip.wrapping_sub(fast.0) < fast.1 - fast.0 {
                 // A frame lies above the one that it called, all of it inside the stack.
                 if bp < sp || bp >= top - 8 || bp % 8 != 0 {
                     // By the ABI: the process's entry point clears the register.
-                    return bp == 0;
+                    return (frames, bp == 0);
                 }
                 slot = bp + 8;
                 sp = bp + 16;
                 // SAFETY: above the stack pointer, below the top: both words are inside the mapped stack.
                 (bp, ip) = unsafe { (*(bp as *const u64), *(slot as *const u64)) };
                 if ip == 0 {
-                    return true;
+                    return (frames, true);
                 }
                 continue;
             }
@@ -192,8 +194,8 @@ impl Unwinder {
                 _ if cached.frame_pointers => bp.wrapping_add(16),
                 Kind::Sp => sp.wrapping_add_signed(cached.rule.cfa_offset as i64),
                 Kind::Bp => bp.wrapping_add_signed(cached.rule.cfa_offset as i64),
-                Kind::Outermost => return true,
-                Kind::Unknown => return false,
+                Kind::Outermost => return (frames, true),
+                Kind::Unknown => return (frames, false),
             };
             let bp_at = match cached.rule.bp_offset {
                 _ if cached.frame_pointers => bp,
@@ -202,24 +204,24 @@ impl Unwinder {
             };
             // As above.
             if cfa < sp + 8 || cfa > top || cfa % 8 != 0 {
-                return false;
+                return (frames, false);
             }
             slot = cfa - 8;
             // SAFETY: sp <= slot < top, so the slot of the return address is inside the mapped stack.
             ip = unsafe { *(slot as *const u64) };
             if bp_at != 0 {
                 if bp_at < sp || bp_at > slot || bp_at % 8 != 0 {
-                    return false;
+                    return (frames, false);
                 }
                 // SAFETY: sp <= bp_at <= slot, as for the return address.
                 bp = unsafe { *(bp_at as *const u64) };
             }
             sp = cfa;
             if ip == 0 {
-                return true;
+                return (frames, true);
             }
         }
-        false
+        (frames, false)
     }
 
     /// Notices what was loaded and unloaded since the last look. Takes no memory, and hardly time when that is nothing.
