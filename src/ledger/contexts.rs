@@ -2,7 +2,7 @@
 
 use super::account::Stamp;
 use super::entries::Context;
-use super::{Ledger, Sites};
+use super::{Chunk, Ledger, Sites};
 
 impl Ledger {
     /// What was learned of a context holds as long as this stays the same.
@@ -23,7 +23,7 @@ impl Ledger {
 
     /// Registers a context. 0 when there is no memory for it.
     pub fn add_context(&mut self, address: u64, path: u32) -> u32 {
-        let context = Context { address, path, ..Context::default() };
+        let context = Context { address, path, passed: self.pending.put, ..Context::default() };
         self.contexts.insert(context, &mut self.budget)
     }
 
@@ -46,15 +46,14 @@ impl Ledger {
             return 0;
         }
         let (mut ended, mut from) = (0, 0);
-        while let Some((address, chunk)) = self.pending.next(&mut from, |c| c.holder.context() == context) {
+        let mut passed = self.contexts.get(context).passed;
+        let of_it = |chunk: &Chunk| chunk.holder.context() == context;
+        while let Some((address, chunk)) = self.pending.next_since(&mut passed, &mut from, of_it) {
             self.pair(address, &chunk, stamp, sites);
             ended += 1;
         }
-        loop {
-            let head = self.contexts.get(context).head;
-            if head == 0 {
-                break;
-            }
+        self.contexts.get_mut(context).passed = passed;
+        while let head @ 1.. = self.contexts.get(context).head {
             let record = *self.records.get(head);
             for address in record.addresses() {
                 self.end(head, address, sites);

@@ -4,8 +4,7 @@ use super::table::Entry;
 
 /// Addresses of a stretch of memory share all bits from this one on.
 pub const STRETCH: u32 = 10;
-/// As large as the smallest chunk with its header: no two chunks of a kind begin in one grain.
-const GRAIN: u64 = 16;
+const GRAIN: u64 = 1 << super::filter::GRAIN;
 
 /// The bit of an address's grain among those of its stretch.
 #[inline]
@@ -85,6 +84,8 @@ pub struct Context {
     pub address: u64,
     /// Of the chunks in it that are followed: neither scaled nor rounded.
     pub bytes: u64,
+    /// So many chunks had been taken in as pending when it was last reset, or made: none of them is one of its own.
+    pub passed: u64,
     pub path: u32,
     pub chunks: u32,
     /// Of its records.

@@ -45,8 +45,8 @@ pub struct Pending {
     /// Chunks taken in and given out, ever.
     pub put: u64,
     pub taken: u64,
-    /// Chunks that `next_recent` has passed.
-    looked: u64,
+    /// Chunks that a flush between two messages of a statement has passed.
+    pub passed: u64,
     /// Places of the latest chunks, by their number.
     recent: [u8; RECENT],
     /// Apart from the rest, so that a flush reads little; 0: free.
@@ -57,7 +57,7 @@ pub struct Pending {
 impl Pending {
     pub const fn new() -> Self {
         const NONE: Chunk = Chunk { size: 0, holder: Holder(0), epoch: 0, cell: 0, level: 0 };
-        Pending { addresses: [0; PLACES], chunks: [NONE; PLACES], put: 0, taken: 0, recent: [0; RECENT], looked: 0 }
+        Pending { addresses: [0; PLACES], chunks: [NONE; PLACES], put: 0, taken: 0, recent: [0; RECENT], passed: 0 }
     }
 
     #[inline(always)]
@@ -150,19 +150,24 @@ impl Pending {
         None
     }
 
-    /// The same among the chunks that were taken in since all of them were last passed, by this; it may pass some that
-    /// were passed before, where those were too many to remember.
-    pub fn next_recent(&mut self, wanted: impl Fn(&Chunk) -> bool) -> Option<(u64, Chunk)> {
-        if self.put - self.looked > RECENT as u64 {
-            let found = self.next(&mut 0, wanted);
+    /// The same among the chunks that were taken in since `passed` had been, which it counts up; where those are too
+    /// many to remember, it may pass some that were passed before. `from` as for `next`.
+    pub fn next_since(
+        &mut self,
+        passed: &mut u64,
+        from: &mut usize,
+        wanted: impl Fn(&Chunk) -> bool,
+    ) -> Option<(u64, Chunk)> {
+        if self.put - *passed > RECENT as u64 {
+            let found = self.next(from, wanted);
             if found.is_none() {
-                self.looked = self.put;
+                *passed = self.put;
             }
             return found;
         }
-        while self.looked < self.put {
-            let place = self.recent[self.looked as usize % RECENT] as usize;
-            self.looked += 1;
+        while *passed < self.put {
+            let place = self.recent[*passed as usize % RECENT] as usize;
+            *passed += 1;
             if self.addresses[place] != 0 && wanted(&self.chunks[place]) {
                 self.taken += 1;
                 return Some((std::mem::take(&mut self.addresses[place]), self.chunks[place]));
@@ -177,7 +182,7 @@ impl Pending {
         }
         // A new process has no page of its own for it yet, and seldom needs one.
         if self.put != 0 {
-            (self.put, self.taken, self.looked) = (0, 0, 0);
+            (self.put, self.taken, self.passed) = (0, 0, 0);
         }
     }
 }

@@ -105,14 +105,16 @@ impl Ledger {
 
     /// What is pending gets its record.
     pub fn flush(&mut self, due: Due, stamp: Stamp, sites: &impl Sites) {
+        let mut from = 0;
         if due == Due::Message {
             let stays = |chunk: &Chunk| !sites.site(chunk.holder.site()).frees_all();
-            while let Some((address, chunk)) = self.pending.next_recent(stays) {
+            let mut passed = self.pending.passed;
+            while let Some((address, chunk)) = self.pending.next_since(&mut passed, &mut from, stays) {
                 self.settle(address, chunk, stamp, sites);
             }
+            self.pending.passed = passed;
             return;
         }
-        let mut from = 0;
         while let Some((address, chunk)) = self.pending.next(&mut from, |_| true) {
             if due == Due::Statement {
                 self.cells.kept(chunk.cell);
