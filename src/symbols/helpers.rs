@@ -47,10 +47,6 @@ const NAMES: &[&str] = &[
     "quote_identifier",
     "quote_qualified_identifier",
     "quote_literal_cstr",
-    "format_type_be",
-    "format_type_be_qualified",
-    "format_type_extended",
-    "format_type_with_typemod",
     "NameListToString",
     "NameListToQuotedString",
     "downcase_identifier",
@@ -76,17 +72,6 @@ const NAMES: &[&str] = &[
     "guc_malloc",
     "guc_realloc",
     "guc_strdup",
-    // Names of objects.
-    "get_rel_name",
-    "get_namespace_name",
-    "get_namespace_name_or_temp",
-    "get_func_name",
-    "get_attname",
-    "get_opname",
-    "get_constraint_name",
-    "get_database_name",
-    "get_tablespace_name",
-    "GetUserNameFromId",
     // Copies.
     "copyObjectImpl",
     "datumCopy",
@@ -99,9 +84,6 @@ const NAMES: &[&str] = &[
     "SPI_modifytuple",
     "SPI_getvalue",
     "SPI_fname",
-    "SPI_gettype",
-    "SPI_getrelname",
-    "SPI_getnspname",
     "pg_detoast_datum",
     "pg_detoast_datum_copy",
     "pg_detoast_datum_slice",
@@ -285,6 +267,27 @@ const NAMES: &[&str] = &[
     "strdup",
 ];
 
+/// Names of objects, by what the catalogs say: a look-up may fill the server's caches.
+const LOOK_UPS: &[&str] = &[
+    "format_type_be",
+    "format_type_be_qualified",
+    "format_type_extended",
+    "format_type_with_typemod",
+    "get_rel_name",
+    "get_namespace_name",
+    "get_namespace_name_or_temp",
+    "get_func_name",
+    "get_attname",
+    "get_opname",
+    "get_constraint_name",
+    "get_database_name",
+    "get_tablespace_name",
+    "GetUserNameFromId",
+    "SPI_gettype",
+    "SPI_getrelname",
+    "SPI_getnspname",
+];
+
 /// Beginnings of names: those of nodes' copy and read functions, of sets, of stores of tuples, and what templates make.
 const PREFIXES: &[&str] = &[
     "_copy",
@@ -316,7 +319,15 @@ pub fn is_allocator(function: &str) -> bool {
 
 /// Whether a function allocates only on behalf of its caller.
 pub fn is_helper(function: &str) -> bool {
-    is_allocator(function) || NAMES.contains(&function) || PREFIXES.iter().any(|p| function.starts_with(p))
+    is_allocator(function)
+        || NAMES.contains(&function)
+        || LOOK_UPS.contains(&function)
+        || PREFIXES.iter().any(|p| function.starts_with(p))
+}
+
+/// Whether a function asks the catalogs for the name of an object.
+pub fn looks_up(function: &str) -> bool {
+    LOOK_UPS.contains(&function)
 }
 
 /// Functions without a name that a helper has called are its own, on stripped servers: so many at most.

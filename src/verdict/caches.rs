@@ -3,7 +3,7 @@
 //! believed; what outgrows that is judged like everything else.
 
 use crate::symbols::Frame;
-use crate::symbols::helpers::{innermost, is_helper};
+use crate::symbols::helpers::{innermost, is_helper, looks_up};
 
 struct Known {
     /// One of the innermost frames; `*` at the end stands for any more text.
@@ -156,7 +156,16 @@ pub fn known(path: &str, frames: &[Frame], objects: u64, generations: u32) -> Op
 /// Whether static functions of a stripped server have allocated it, where nobody but the server's caches does: the look-ups
 /// in catalogs and the triggers of foreign keys call each other in a way that leaves no exported name on the stack.
 fn is_nameless_cache(path: &str, frames: &[Frame]) -> bool {
-    PLACES[..2].contains(&path) && is_nameless(frames)
+    PLACES[..2].contains(&path) && is_nameless(frames) || PLACES[0] == path && is_in_look_up(frames)
+}
+
+/// Whether static functions of a stripped server have allocated it for one of its functions that look a name up.
+fn is_in_look_up(frames: &[Frame]) -> bool {
+    let inner = frames.iter().position(|f| !f.function.as_deref().is_some_and(is_helper)).map(|at| &frames[at..]);
+    inner.is_some_and(|inner| {
+        inner[0].address.starts_with("postgres+")
+            && inner.iter().find_map(|f| f.function.as_deref()).is_some_and(looks_up)
+    })
 }
 
 /// Whether a function of a stripped server that has no exported name is the culprit.
@@ -288,6 +297,11 @@ mod tests {
         let of_an_extension = ["MemoryContextAlloc", "?", "hash_search", "my_extension_leak", "ExecInterpExpr"];
         assert_eq!(known("TopMemoryContext/dynahash", &stack(&of_an_extension), 10, 100), None);
         assert_eq!(known("TopMemoryContext", &stripped, 10, 100), None);
+        let name = ["pstrdup", "?", "?", "get_namespace_name_or_temp", "format_type_extended", "format_type"];
+        assert!(known(PLACES[0], &stack(&name), 10, 100).is_some());
+        assert_eq!(known("TopMemoryContext", &stack(&name), 10, 100), None);
+        assert_eq!(known(PLACES[0], &stack(&["pstrdup", "get_rel_name", "my_extension_leak"]), 10, 100), None);
+        assert_eq!(known(PLACES[0], &stack(&["palloc", "?", "lappend", "my_extension_leak"]), 10, 100), None);
         let mut extension = stripped.clone();
         extension[1].address = "my_extension+0x17".into();
         assert_eq!(known(PLACES[0], &extension, 10, 100), None);
