@@ -68,6 +68,8 @@ const CACHES: &[Known] = &[
             "cache_record_field_properties",
             "load_typcache_tupdesc",
             "load_enum_cache_data",
+            "oper",
+            "left_oper",
             "find_oper_cache_entry",
             "make_oper_cache_entry",
         ],
