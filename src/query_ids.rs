@@ -12,13 +12,14 @@ use pgrx::pg_sys::{self, CmdType, JumbleState, NodeTag, ParseState, Query};
 use crate::pg_compat;
 
 type Hook = unsafe extern "C-unwind" fn(*mut ParseState, *mut Query, *mut JumbleState);
+/// What was there before, or `nothing`.
 static PREVIOUS: AtomicPtr<()> = AtomicPtr::new(std::ptr::null_mut());
 
 /// Hooks into parse analysis. Called once, from `_PG_init`.
 pub fn install() {
     // SAFETY: the hook is a global of the server, set while libraries load, in its only thread.
     unsafe {
-        PREVIOUS.store(pg_sys::post_parse_analyze_hook.map_or(std::ptr::null_mut(), |h| h as *mut ()), Relaxed);
+        PREVIOUS.store(pg_sys::post_parse_analyze_hook.unwrap_or(nothing) as *mut (), Relaxed);
         pg_sys::post_parse_analyze_hook = Some(analyzed);
     }
 }
@@ -46,15 +47,14 @@ unsafe extern "C-unwind" fn analyzed_with_id(state: *mut ParseState, query: *mut
 
 #[inline(always)]
 unsafe fn go_on(state: *mut ParseState, query: *mut Query, jumble: *mut JumbleState) {
-    let previous = PREVIOUS.load(Relaxed);
-    if !previous.is_null() {
-        // SAFETY: what was there before is a hook of this type.
-        unsafe {
-            let previous: Hook = std::mem::transmute(previous);
-            previous(state, query, jumble)
-        }
+    // SAFETY: what was there before is a hook of this type; `install` has stored it.
+    unsafe {
+        let previous: Hook = std::mem::transmute(PREVIOUS.load(Relaxed));
+        previous(state, query, jumble)
     }
 }
+
+unsafe extern "C-unwind" fn nothing(_state: *mut ParseState, _query: *mut Query, _jumble: *mut JumbleState) {}
 
 /// # Safety
 /// A query tree.

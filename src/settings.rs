@@ -1,7 +1,7 @@
 //! The `rheap.*` settings.
 
 use core::ffi::{c_int, c_void};
-use std::sync::atomic::{AtomicBool, Ordering::*};
+use std::sync::atomic::{AtomicU64, Ordering::*};
 
 use pgrx::{GucContext, GucFlags, GucRegistry, GucSetting, PostgresGucEnum, pg_sys};
 
@@ -75,22 +75,28 @@ impl Followed {
     }
 }
 
-/// Lowered when a setting that processes follow is assigned, also when that is undone.
-static FOLLOWED: AtomicBool = AtomicBool::new(false);
+/// So many wishes of others, and one, when this process last followed them and the settings; 0: a setting that processes
+/// follow has been assigned since, or that has been undone.
+static FOLLOWED: AtomicU64 = AtomicU64::new(0);
 
-/// Whether settings may have changed since this was last asked.
-#[inline]
-pub fn changed() -> bool {
-    !FOLLOWED.load(Relaxed) && !FOLLOWED.swap(true, Relaxed)
+/// Whether the settings as they are, and so many wishes, are followed.
+#[inline(always)]
+pub fn are_followed(wishes: u32) -> bool {
+    FOLLOWED.load(Relaxed) == wishes as u64 + 1
+}
+
+/// They are about to be.
+pub fn follow(wishes: u32) {
+    FOLLOWED.store(wishes as u64 + 1, Relaxed);
 }
 
 /// A process begins in which nobody has followed them yet.
 pub fn begin() {
-    FOLLOWED.store(false, Relaxed);
+    FOLLOWED.store(0, Relaxed);
 }
 
 unsafe extern "C-unwind" fn assign(_value: c_int, _extra: *mut c_void) {
-    FOLLOWED.store(false, Relaxed);
+    FOLLOWED.store(0, Relaxed);
 }
 
 /// Reads the variable behind a setting without the thread check of `get`, which the hot path cannot afford.

@@ -171,7 +171,6 @@ impl Process {
         self.slot = slot;
         self.query_id = pg_compat::query_id_place();
         self.own_slot = Some(&share.slots[slot as usize]);
-        self.wishes = self.own_slot.map_or(0, |slot| slot.wishes.load(Relaxed));
         self.followed = settings::Followed::NONE;
         self.follow_settings();
         true

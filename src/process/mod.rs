@@ -93,8 +93,6 @@ pub struct Process {
     checking: bool,
     /// The wish of `rheap_track` that is followed.
     tracked: u32,
-    /// The slot's count of wishes when they were last followed.
-    wishes: u32,
     /// The first walk is to be made before anything else is allocated.
     baseline_due: bool,
     followed: settings::Followed,
@@ -150,7 +148,6 @@ pub static PROCESS: Global = Global(UnsafeCell::new(Process {
     has_served: false,
     checking: false,
     tracked: 0,
-    wishes: 0,
     baseline_due: false,
     followed: settings::Followed::NONE,
     looks: 0,

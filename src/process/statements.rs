@@ -80,7 +80,7 @@ impl Process {
         if !in_block {
             slot.transaction.store(epoch, Relaxed);
         }
-        if settings::changed() || slot.wishes.load(Relaxed) != self.wishes {
+        if !settings::are_followed(slot.wishes.load(Relaxed)) {
             self.between_statements(slot);
         }
         // The walk for the baseline sees it too, and is never made in the many sessions that have one message.
@@ -89,23 +89,34 @@ impl Process {
             unsafe { crate::walk::moved::look(self) };
         }
         if self.ledger.held != self.held {
-            self.held = self.ledger.held;
-            // The statement may have taken long.
-            self.now = now();
-            self.walk.note_held(self.ledger.held_bytes(), self.now);
+            self.note_held();
         }
         if self.walk.is_due(self.now) {
-            self.look_at(slot, false);
+            self.look_between(slot);
         }
         // What a walk within a statement sees is gone soon.
         self.looks = self.look_every;
         self.publish(slot);
     }
 
+    /// Something was kept, or given back. By itself, as the next, so that most statements need no room for it.
+    #[inline(never)]
+    fn note_held(&mut self) {
+        self.held = self.ledger.held;
+        // The statement may have taken long.
+        self.now = now();
+        self.walk.note_held(self.ledger.held_bytes(), self.now);
+    }
+
+    #[inline(never)]
+    fn look_between(&mut self, slot: &Slot) {
+        self.look_at(slot, false);
+    }
+
     /// What seldom has to be done, and after the first message.
     #[cold]
     fn between_statements(&mut self, slot: &'static Slot) {
-        self.wishes = slot.wishes.load(Acquire);
+        settings::follow(slot.wishes.load(Acquire));
         if slot.reset_pending() {
             self.forget();
         }
