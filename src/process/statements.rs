@@ -15,12 +15,12 @@ pub(super) const SENDERS_LOOK: u32 = 16;
 
 impl Process {
     /// Looks at the clock, and walks if it is time.
-    #[inline(never)]
     pub(super) fn look(&mut self, slot: &Slot) {
         self.look_at(slot, true);
     }
 
     /// `within` a statement, or between two.
+    #[inline(never)]
     fn look_at(&mut self, slot: &Slot, within: bool) {
         self.looks = self.look_every;
         self.now = now();
@@ -92,25 +92,20 @@ impl Process {
             self.note_held();
         }
         if self.walk.is_due(self.now) {
-            self.look_between(slot);
+            self.look_at(slot, false);
         }
         // What a walk within a statement sees is gone soon.
         self.looks = self.look_every;
         self.publish(slot);
     }
 
-    /// Something was kept, or given back. By itself, as the next, so that most statements need no room for it.
+    /// Something was kept, or given back. By itself, so that most statements need no room for it.
     #[inline(never)]
     fn note_held(&mut self) {
         self.held = self.ledger.held;
         // The statement may have taken long.
         self.now = now();
         self.walk.note_held(self.ledger.held_bytes(), self.now);
-    }
-
-    #[inline(never)]
-    fn look_between(&mut self, slot: &Slot) {
-        self.look_at(slot, false);
     }
 
     /// What seldom has to be done, and after the first message.
