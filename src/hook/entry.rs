@@ -12,8 +12,8 @@ use pgrx::pg_sys::{self, MemoryContextData};
 use super::tables::{self, Entries, Pair, TABLES, Tables};
 use super::touch;
 use crate::ledger::{Ledger, cells, filter};
-use crate::pg_compat::{Alloc, Free, KIND_COUNT, MemoryContext, Methods, Realloc};
-use crate::process::{self, PROCESS, Process};
+use crate::pg_compat::{Alloc, Free, KIND_COUNT, MemoryContext, Methods, PLACES, Places, Realloc};
+use crate::process::{self, PLACE, PROCESS, Process};
 use crate::stack::{Regs, Stacks, callers};
 
 const METHODS: usize = offset_of!(MemoryContextData, methods);
@@ -26,12 +26,11 @@ const CALLERS: usize = offset_of!(Process, stacks) + offset_of!(Stacks, callers)
 /// The place of an address in the filter is its low 32 bits, times the one, shifted right by the other.
 const FILTER_LEFT: u32 = 1 << (32 - filter::GRAIN - filter::PLACES.ilog2());
 const FILTER_RIGHT: u32 = 32 - filter::PLACES.ilog2();
-// On one page, with a line to spare for what else lies there: see hot.ld.
+// On one page, with a line to spare for what else lies between the two: see hot.ld.
 const _: () = assert!(
-    size_of::<Tables>() - size_of::<[*const (); tables::LEARNED]>()
-        + offset_of!(Process, ledger)
-        + offset_of!(Ledger, cells)
-        < 4096 - 64
+    offset_of!(Tables, may_be_learned).is_multiple_of(4096)
+        && size_of::<Tables>() + 64 <= PLACE
+        && PLACE % 4096 + offset_of!(Process, ledger) + offset_of!(Ledger, pending) + 64 <= 4096
 );
 // The entries below compute by shifts and masks.
 const _: () = assert!(callers::CALLERS == 256);
@@ -63,11 +62,10 @@ macro_rules! first_touch {
                 "sub rax, r9",
                 "cmp rax, [rip + {tables} + {span}]",
                 "jae 2f",
-                "mov r10, [rdi + {context_name}]",
-                "mov eax, r10d",
-                "and eax, {learned_mask}",
-                "cmp [r9 + rax * 8 + {learned}], r10",
-                "je 4f",
+                "movzx eax, byte ptr [rdi + {context_name}]",
+                "cmp byte ptr [r9 + rax + {may_be_learned}], 0",
+                "jne 5f",
+                "1:",
                 ".if {pair}",
                 "add r9, {pair}",
                 ".endif",
@@ -77,25 +75,32 @@ macro_rules! first_touch {
                 "cmp qword ptr [rip + {tables} + {span}], 0",
                 "je 4f",
                 // The one context of each statement whose parent does not tell.
-                "mov rax, [rip + {transaction}@GOTPCREL]",
+                "mov rax, [rip + {places} + {transaction}]",
                 "cmp rdi, [rax]",
                 "jne 3f",
                 "lea rax, [rip + {tables} + {pass} + {pair}]",
                 "mov [rdi + {methods}], rax",
                 "jmp [rax + {original_alloc}]",
                 "3:",
-                "mov rax, [rip + {caches}@GOTPCREL]",
+                "mov rax, [rip + {places} + {caches}]",
                 "cmp rcx, [rax]",
                 "jne 4f",
                 "lea rax, [rip + {tables} + {watch} + {pair}]",
                 "mov [rdi + {methods}], rax",
                 "jmp [rax + {active_alloc}]",
+                "5:",
+                "mov r10, [rdi + {context_name}]",
+                "mov eax, r10d",
+                "and eax, {learned_mask}",
+                "cmp [r9 + rax * 8 + {learned}], r10",
+                "jne 1b",
                 "4:",
                 "mov rcx, rsp",
                 "mov r8, rbp",
                 "jmp {slow}",
-                transaction = sym pg_sys::TopTransactionContext,
-                caches = sym pg_sys::CacheMemoryContext,
+                places = sym PLACES,
+                transaction = const offset_of!(Places, transaction),
+                caches = const offset_of!(Places, caches),
                 parent = const offset_of!(MemoryContextData, parent),
                 context_name = const offset_of!(MemoryContextData, name),
                 methods = const METHODS,
@@ -104,6 +109,7 @@ macro_rules! first_touch {
                 watch = const offset_of!(Tables, watch),
                 span = const offset_of!(Tables, pass_span),
                 learned = const offset_of!(Tables, learned) as isize - offset_of!(Tables, pass) as isize,
+                may_be_learned = const offset_of!(Tables, may_be_learned) as isize - offset_of!(Tables, pass) as isize,
                 learned_mask = const tables::LEARNED - 1,
                 pair = const $kind * size_of::<Pair>(),
                 original_alloc = const ORIGINAL_ALLOC,

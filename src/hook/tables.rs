@@ -29,6 +29,9 @@ pub const LEARNED: usize = 1024;
 pub struct Tables {
     /// By the low bits of the pointer.
     pub learned: [*const core::ffi::c_char; LEARNED],
+    /// By the lowest byte of the pointer, whether any such is learned: hardly ever, so that the names, on pages of their
+    /// own, are not looked at.
+    pub may_be_learned: [bool; 256],
     /// Bytes of the pass tables, behind `pass`: a context whose parent points in there is transient, without
     /// further questions. 0 when such questions must be asked.
     pub pass_span: usize,
@@ -262,9 +265,11 @@ pub fn disarm() {
 /// From now on contexts of this name are watched from birth. Of two names that fall into one place the first stays.
 pub fn learn(name: *const core::ffi::c_char) {
     // SAFETY: as for `ask_about_all`.
-    let place = unsafe { &mut (*TABLES.0.get()).assume_init_mut().learned[name as usize % LEARNED] };
+    let tables = unsafe { (*TABLES.0.get()).assume_init_mut() };
+    let place = &mut tables.learned[name as usize % LEARNED];
     if place.is_null() {
         *place = name;
+        tables.may_be_learned[name as usize % 256] = true;
     }
 }
 

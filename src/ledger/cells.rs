@@ -58,8 +58,11 @@ impl Cell {
 
 const NEW: Cell = Cell { recorded: 0, since: 0, paired: 0, quiet_at: 0, epoch: 0, level: 0 };
 
-#[repr(C)]
+#[repr(C, align(64))]
 pub struct Cells {
+    /// Bytes that each cell may still allocate before it is asked; at or below 0 it is asked. The hook's entry
+    /// counts them down by itself.
+    pub gaps: [i64; CELLS],
     /// Not all zero.
     used: bool,
     /// Exact records that may still be made, for the work up to an epoch of the process.
@@ -69,9 +72,6 @@ pub struct Cells {
     rate: Rate,
     /// No cell is followed more densely than this: the memory is used up.
     floor: Rate,
-    /// Bytes that each cell may still allocate before it is asked; at or below 0 it is asked. The hook's entry
-    /// counts them down by itself.
-    pub gaps: [i64; CELLS],
     cells: [Cell; CELLS],
 }
 

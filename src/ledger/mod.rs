@@ -66,27 +66,13 @@ pub enum Precision {
     SampledAfter { bytes: u64, rate: Rate },
 }
 
-/// In this order, and begun by what every process writes, so that a short life touches few pages.
+/// In this order: first what every process writes, so that a short life touches few pages.
 #[repr(C)]
 pub struct Ledger {
     precision: Precision,
-    /// Exact, and within the memory.
-    quick: bool,
-    /// Where not all are recorded, and all by one gap: bytes until the next, and its level. The hook's entry counts down
-    /// by itself, but for exact mode past the memory.
-    pub gap: i64,
-    level: u8,
-    /// The memory is used up: less is followed than the mode says.
-    thinned: bool,
     /// Records given up because the budget was exhausted.
     dropped: u64,
-    /// Bytes that all accounts together hold, in the fixed point of the accounts.
-    pub held: u64,
-    /// Chunks with a record that were freed, less the pending chunks that were given one.
-    balance: u64,
     last_context: u32,
-    /// The process's count of work.
-    pub epoch: u32,
     /// Grows whenever a context's id or path ceases to hold.
     context_changes: u32,
     rng: Rng,
@@ -94,8 +80,24 @@ pub struct Ledger {
     records: Index,
     contexts: Table<Context>,
     sites: Table<SiteKey>,
+    /// To the next cache line, on which lies what each statement needs.
+    _apart: [u64; 2],
+    /// Exact, and within the memory.
+    quick: bool,
+    /// The memory is used up: less is followed than the mode says.
+    thinned: bool,
+    level: u8,
+    /// The process's count of work.
+    pub epoch: u32,
+    /// Where not all are recorded, and all by one gap: bytes until the next, and its level. The hook's entry counts down
+    /// by itself, but for exact mode past the memory.
+    pub gap: i64,
+    /// Bytes that all accounts together hold, in the fixed point of the accounts.
+    pub held: u64,
+    /// Chunks with a record that were freed, less the pending chunks that were given one.
+    balance: u64,
+    pub pending: Pending,
     pub cells: Cells,
-    pending: Pending,
     rates: Rates,
     pub filter: Filter,
 }
@@ -121,6 +123,7 @@ impl Ledger {
             filter: Filter::new(),
             pending: Pending::new(),
             precision: Precision::Exact,
+            _apart: [0; 2],
             quick: false,
             rates: Rates::new(),
             rng: Rng::unseeded(),

@@ -10,12 +10,14 @@ mod out_of_memory;
 mod statements;
 
 use std::cell::UnsafeCell;
+use std::mem::offset_of;
 use std::sync::atomic::{AtomicU64, Ordering::*, compiler_fence};
 
 use pgrx::pg_sys;
 
 use crate::ledger::Ledger;
 use crate::ledger::account::{Site, Stamp};
+use crate::ledger::cells::Cells;
 use crate::ledger::region::Budget;
 use crate::pg_compat;
 use crate::settings::{self, Mode};
@@ -23,6 +25,7 @@ use crate::share::Share;
 use crate::share::pool::{CHUNK, Cursor};
 use crate::share::row::Row;
 use crate::share::slot::{POSTMASTER, Slot};
+use crate::stack::callers::Callers;
 use crate::stack::{Stacks, Unwinder};
 use crate::walk::Walk;
 pub use chunks::*;
@@ -62,16 +65,43 @@ enum Full {
 }
 
 /// In this order, so that what every process writes lies on one page with what it writes of the hook's tables: all up
-/// to the ledger's cells. Those that have to walk a stack write the end of the stacks and the beginning of the
-/// unwinder, too.
+/// to the ledger's pending chunks. What each statement needs lies on three cache lines of it: the first, the beginning of
+/// the walk, and the end of that part of the ledger. Those that have to walk a stack write the end of the stacks and the
+/// beginning of the unwinder, too.
 #[repr(C, align(64))]
 pub struct Process {
-    pub share: Option<Share>,
     state: State,
     /// Ready, and all allocations are recorded: the commonest cases take a shorter way.
     quick: bool,
+    /// The first walk is to be made before anything else is allocated.
+    baseline_due: bool,
+    /// SQL functions have answered since the last message.
+    has_answered: bool,
+    /// After this message the log may have to hear of something, or memory goes back.
+    pub has_afterwards: bool,
+    /// Set once messages arrive: then they are the epochs of work.
+    has_messages: bool,
+    /// The first of them has been dealt with.
+    has_served: bool,
+    /// A check is going on in this session: everything is recorded, whatever the settings say.
+    checking: bool,
     /// Set while this process keeps books.
     own_slot: Option<&'static Slot>,
+    now: i64,
+    /// What the ledger held after the last statement.
+    held: u64,
+    /// Allocations that passed the hook's entry because their cell did not ask for them.
+    pub passed: u64,
+    /// Allocations that were recorded, or counted, without being pending first.
+    at_once: u64,
+    /// Recorded allocations until the next look at the clock, and between two looks.
+    looks: u32,
+    look_every: u32,
+    /// The wish of `rheap_track` that is followed.
+    tracked: u32,
+    /// The ledger's epoch at the last walk.
+    walked_epoch: u32,
+    pub walk: Walk,
     /// Where the server keeps the id of the statement at hand.
     query_id: *const i64,
     pub slot: u32,
@@ -80,46 +110,29 @@ pub struct Process {
     pub aside: Budget,
     pub sites: Cursor,
     pub rows: Cursor,
-    pub walk: Walk,
-    /// The ledger's epoch at the last walk.
-    walked_epoch: u32,
+    pub share: Option<Share>,
     /// `MyBackendType` as last seen: a child says who it is only some allocations after its start.
     kind: pg_sys::BackendType::Type,
-    /// Set once messages arrive: then they are the epochs of work.
-    has_messages: bool,
-    /// The first of them has been dealt with.
-    has_served: bool,
-    /// A check is going on in this session: everything is recorded, whatever the settings say.
-    checking: bool,
-    /// The wish of `rheap_track` that is followed.
-    tracked: u32,
-    /// The first walk is to be made before anything else is allocated.
-    baseline_due: bool,
     followed: settings::Followed,
-    /// Recorded allocations until the next look at the clock, and between two looks.
-    looks: u32,
-    look_every: u32,
     /// Milliseconds of processor time between two ticks; 0: none.
     ticks: i32,
-    now: i64,
-    /// What the ledger held after the last statement.
-    held: u64,
-    /// Allocations that passed the hook's entry because their cell did not ask for them.
-    pub passed: u64,
-    /// Allocations that were recorded, or counted, without being pending first.
-    at_once: u64,
     /// Allocations that no table had room for.
     unseen: u64,
     /// What was full, which the log may still have to hear.
     full: Option<Full>,
-    /// SQL functions have answered since the last message.
-    has_answered: bool,
-    /// After this message the log may have to hear of something, or memory goes back.
-    pub has_afterwards: bool,
     pub ledger: Ledger,
     pub stacks: Stacks,
     unwinder: Unwinder,
 }
+
+/// Where hot.ld puts it, so that what each statement reads lies on as few pages as it can: on one all that comes before
+/// the ledger's pending chunks, on two the gaps of the cells, on one the callers.
+pub const PLACE: usize = 0x2ac0;
+const _: () = {
+    let gaps = PLACE + offset_of!(Process, ledger) + offset_of!(Ledger, cells) + offset_of!(Cells, gaps);
+    let callers = PLACE + offset_of!(Process, stacks) + offset_of!(Stacks, callers);
+    assert!(gaps.is_multiple_of(4096) && callers % 4096 + size_of::<Callers>() <= 4096);
+};
 
 #[repr(transparent)]
 pub struct Global(UnsafeCell<Process>);

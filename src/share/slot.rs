@@ -4,7 +4,7 @@ use std::sync::atomic::{AtomicI32, AtomicI64, AtomicU32, AtomicU64, Ordering::*}
 
 use crate::ledger::account::HISTORY;
 
-/// All zero bytes are a new one.
+/// All zero bytes are a new one. What each statement reads and writes lies on the first cache line.
 #[derive(Default)]
 #[repr(C, align(128))]
 pub struct Slot {
@@ -20,26 +20,26 @@ pub struct Slot {
     pub has_messages: AtomicU32,
     /// 1 for a process that never gets messages.
     pub without_messages: AtomicU32,
-    pub watched_contexts: AtomicU32,
-    pub walks: AtomicU32,
+    /// How often somebody has wished for anything: `resets` and `track`.
+    pub wishes: AtomicU32,
+    /// What `rheap_track` wishes: the ordinal of a mode plus 1; 0: what the setting says. The owner follows when it
+    /// next works.
+    pub track: AtomicU32,
     pub allocations: AtomicU64,
     pub frees: AtomicU64,
     pub captures: AtomicU64,
+    pub watched_contexts: AtomicU32,
+    pub walks: AtomicU32,
     pub dropped: AtomicU64,
     pub own_bytes: AtomicU64,
     pub context_bytes: AtomicU64,
     pub walk_times: [AtomicI64; HISTORY],
-    /// How often somebody has wished for anything: `resets` and `track`.
-    pub wishes: AtomicU32,
     /// How often somebody has wished, since the owner last did so, that it forgets its history.
     pub resets: AtomicU32,
     /// When the owner took it; microseconds since 2000-01-01.
     pub opened: AtomicI64,
     /// The dead owner whose holdings have been put down.
     pub buried: AtomicI32,
-    /// What `rheap_track` wishes: the ordinal of a mode plus 1; 0: what the setting says. The owner follows when it
-    /// next works.
-    pub track: AtomicU32,
 }
 
 pub const POSTMASTER: i32 = -1;

@@ -50,12 +50,15 @@ impl Entry for Found {
     }
 }
 
+/// Begins with what each statement asks for.
+#[repr(C)]
 pub struct Walk {
-    paths: Table<Found>,
+    pub moved: Moved,
     /// Microseconds, as `process::now`.
     next: i64,
     /// That was decided well after this: if it is before then again, the clock has been set back.
     not_before: i64,
+    paths: Table<Found>,
     /// Until this the process counts as starting: what it holds then is its baseline.
     started: i64,
     /// Not before this, whatever has happened.
@@ -63,7 +66,6 @@ pub struct Walk {
     /// Bytes alive in the ledger at the last walk.
     held: u64,
     fresh: bool,
-    pub moved: Moved,
 }
 
 /// A walk may take this part of the process's time: the next one waits for as many times its duration.
