@@ -48,7 +48,7 @@ macro_rules! with_registers {
 
 /// The first palloc of a context of one allocator: a context whose parent is transient, and whose name is not one of
 /// those that outlived their parents before, points at its pass table from now on; one among the caches, as most that a
-/// session makes at its start, at its watch table.
+/// session makes at its start, at its watch table. What that table has is called then, as it will be the next time.
 macro_rules! first_touch {
     ($name:ident, $kind:literal) => {
         #[unsafe(naked)]
@@ -70,7 +70,7 @@ macro_rules! first_touch {
                 "add r9, {pair}",
                 ".endif",
                 "mov [rdi + {methods}], r9",
-                "jmp [r9 + {original_alloc}]",
+                "jmp [r9 + {active_alloc}]",
                 "2:",
                 "cmp qword ptr [rip + {tables} + {span}], 0",
                 "je 4f",
@@ -80,7 +80,7 @@ macro_rules! first_touch {
                 "jne 3f",
                 "lea rax, [rip + {tables} + {pass} + {pair}]",
                 "mov [rdi + {methods}], rax",
-                "jmp [rax + {original_alloc}]",
+                "jmp [rax + {active_alloc}]",
                 "3:",
                 "mov rax, [rip + {places} + {caches}]",
                 "cmp rcx, [rax]",
@@ -112,7 +112,6 @@ macro_rules! first_touch {
                 may_be_learned = const offset_of!(Tables, may_be_learned) as isize - offset_of!(Tables, pass) as isize,
                 learned_mask = const tables::LEARNED - 1,
                 pair = const $kind * size_of::<Pair>(),
-                original_alloc = const ORIGINAL_ALLOC,
                 active_alloc = const offset_of!(Pair, active) + offset_of!(Methods, alloc),
                 slow = sym first_touch_from,
             )
