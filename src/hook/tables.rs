@@ -8,9 +8,8 @@ use pgrx::pg_sys;
 use crate::pg_compat::{DISPATCH_BY_CHUNK, Free, KIND_COUNT, MemoryContext, Methods, kind_of};
 
 /// A table that contexts point at, and behind it what the server had there: an entry finds its original through
-/// the context alone, without knowing the allocator. Aligned so that what is called of `active`, its first members, lies
-/// on one cache line.
-#[repr(C, align(64))]
+/// the context alone, without knowing the allocator.
+#[repr(C)]
 #[derive(Clone, Copy)]
 pub struct Pair {
     pub active: Methods,
