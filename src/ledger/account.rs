@@ -425,6 +425,51 @@ impl Site {
     }
 }
 
+impl SiteCopy {
+    /// Adds what another site holds of the same things. Of an epoch in which both joined something there is one
+    /// generation, so in each bin the site that has more of them tells how many there are at least.
+    pub fn join(&mut self, other: &SiteCopy) {
+        let first = self.first_epoch.min(other.first_epoch);
+        let last = self.last_epoch.max(other.last_epoch);
+        let mut width = self.bin_width.max(other.bin_width).max(1);
+        while last.saturating_sub(first) as u64 / width >= BINS as u64 {
+            width *= 2;
+        }
+        let (ours, theirs) = (self.ages_in(first, width), other.ages_in(first, width));
+        if other.last_seen > self.last_seen {
+            (self.last_seen, self.query_id) = (other.last_seen, other.query_id);
+        }
+        self.exact &= other.exact;
+        self.alloc_count += other.alloc_count;
+        self.alloc_bytes += other.alloc_bytes;
+        self.live_count += other.live_count;
+        self.live_bytes += other.live_bytes;
+        self.first_seen = self.first_seen.min(other.first_seen);
+        (self.first_epoch, self.last_epoch, self.bin_width) = (first, last, width);
+        self.ages = std::array::from_fn(|i| Age {
+            records: ours[i].records.saturating_add(theirs[i].records),
+            generations: ours[i].generations.max(theirs[i].generations),
+            bytes: ours[i].bytes + theirs[i].bytes,
+        });
+        self.ended = self.ended.saturating_add(other.ended);
+        self.longest_life = self.longest_life.max(other.longest_life);
+        self.history = std::array::from_fn(|i| self.history[i] + other.history[i]);
+    }
+
+    /// The ages by bins that begin at another epoch, none later, and are as wide or wider.
+    fn ages_in(&self, first: u32, width: u64) -> [Age; BINS] {
+        let mut ages = [Age::default(); BINS];
+        for (i, age) in self.ages.iter().enumerate() {
+            let epochs = (self.first_epoch - first) as u64 + i as u64 * self.bin_width;
+            let into = &mut ages[(epochs / width).min(BINS as u64 - 1) as usize];
+            into.records = into.records.saturating_add(age.records);
+            into.generations = into.generations.saturating_add(age.generations);
+            into.bytes += age.bytes;
+        }
+        ages
+    }
+}
+
 /// The odd phase of the sequence lock.
 struct Write<'a> {
     sequence: &'a AtomicU32,

@@ -415,6 +415,35 @@ fn generations_count_distinct_epochs_with_survivors() {
 }
 
 #[test]
+fn sites_that_joined_something_in_the_same_epochs_are_summed_up_without_counting_those_twice() {
+    let of = |epochs: &[u32], size: u64| {
+        let site = Site::default();
+        site.open(1, 1);
+        for &epoch in epochs {
+            site.record(size, sampling::ONE, sampling::ONE, at(epoch));
+        }
+        site.end(size, sampling::ONE, epochs[0], epochs[0] + epochs.len() as u32);
+        site.copy().unwrap()
+    };
+    let all: Vec<u32> = (10..210).collect();
+    let some: Vec<u32> = (101..140).step_by(2).collect();
+    let (many, few) = (of(&all, 8), of(&some, 100));
+    assert_eq!((many.bin_width, few.bin_width), (16, 4));
+    let mut sum = few.clone();
+    sum.join(&many);
+    let mut reverse = many.clone();
+    reverse.join(&few);
+    assert_eq!(sum, SiteCopy { stack: few.stack, ..reverse });
+    assert_eq!((sum.first_epoch, sum.last_epoch, sum.bin_width), (10, 209, 16));
+    assert_eq!((sum.live_count, sum.live_bytes), (199 + 19, 199 * 8 + 19 * 100));
+    assert_eq!((sum.ended, sum.longest_life, sum.first_seen, sum.last_seen), (2, 200, 10, 209));
+    let records: Vec<u32> = sum.ages.iter().map(|age| age.records).collect();
+    // Those of `few` are of 103, 105 and so on, in bins of four epochs from 101 on.
+    assert_eq!(records, [15, 16, 16, 16, 16, 19, 24, 24, 16, 16, 16, 16, 8, 0, 0, 0]);
+    assert_eq!(sum.ages.iter().map(|age| age.generations).sum::<u32>(), 199);
+}
+
+#[test]
 fn chunks_side_by_side_that_are_alike_share_a_record() {
     let sites = accounts();
     let mut ledger = Ledger::new(1 << 26, 1);

@@ -2,6 +2,8 @@
 
 use std::sync::atomic::{AtomicI32, AtomicI64, AtomicU32, AtomicU64, Ordering::*};
 
+use pgrx::pg_sys::BackendType;
+
 use crate::ledger::account::HISTORY;
 
 /// All zero bytes are a new one. What each statement reads and writes lies on the first cache line.
@@ -68,9 +70,12 @@ impl Slot {
         self.without_messages.load(Relaxed) != 0
     }
 
-    /// The process's count of work counts windows of time.
+    /// The process's count of work counts windows of time. A sender stays in one message for as long as it streams.
     pub fn is_timed(&self) -> bool {
-        self.has_messages.load(Relaxed) == 0 && self.backend_type.load(Relaxed) != POSTMASTER
+        match self.backend_type.load(Relaxed) {
+            POSTMASTER => false,
+            kind => self.has_messages.load(Relaxed) == 0 || kind == BackendType::B_WAL_SENDER as i32,
+        }
     }
 
     /// What the process's count of work counts, in the plural.

@@ -205,24 +205,10 @@ pub fn multiplied(share: &Share, held: &Held) -> Vec<Group> {
 }
 
 impl Group {
-    /// The ages are those of the site that has most generations: they are all of the same contexts.
     fn join(&mut self, other: SiteCopy) {
-        let generations = |copy: &SiteCopy| copy.ages.iter().map(|age| age.generations).sum::<u32>();
         self.stacks.push(other.stack);
         self.paths.push(other.path);
-        let all = &mut self.copy;
-        let sum = SiteCopy {
-            path: all.path,
-            exact: all.exact && other.exact,
-            alloc_count: all.alloc_count + other.alloc_count,
-            alloc_bytes: all.alloc_bytes + other.alloc_bytes,
-            live_count: all.live_count + other.live_count,
-            live_bytes: all.live_bytes + other.live_bytes,
-            first_seen: all.first_seen.min(other.first_seen),
-            history: std::array::from_fn(|i| all.history[i] + other.history[i]),
-            ..if generations(&other) > generations(all) { other } else { all.clone() }
-        };
-        *all = sum;
+        self.copy.join(&other);
     }
 }
 

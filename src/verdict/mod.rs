@@ -184,7 +184,8 @@ pub fn judge(e: &Evidence) -> Judgement {
         n => format!("{n} contexts of one kind in {}, ", bytes(e.context_bytes)),
     };
     let reason = format!("{many}{held}{fate}, {per_unit} per {unit}, {survivors}{}", e.since());
-    let enough = match e.sampled {
+    // Of the work that there was, windows of time are a sample too.
+    let enough = match e.sampled || e.timed {
         false => ages.records >= 16,
         true => {
             let of_generations = (1.0 - kept_pace) / (1.0 + kept_pace) * (generations as f64).sqrt();

@@ -104,11 +104,11 @@ fn a_leak_in_each_epoch_is_a_leak() {
 }
 
 #[test]
-fn what_chance_makes_of_a_small_sample_is_no_saturation() {
+fn what_chance_makes_of_a_small_sample_or_of_few_windows_is_no_saturation() {
     // A third of what the earlier half has joined in the later.
-    let slower = |sampled: bool, rate: u32| {
+    let slower = |(sampled, timed): (bool, bool), rate: u32| {
         let mut b = Bench::new();
-        b.e.sampled = sampled;
+        (b.e.sampled, b.e.timed) = (sampled, timed);
         b.run(2400, |b| {
             let pace = if b.epoch <= 1200 { 90 / rate } else { 270 / rate };
             if b.epoch.is_multiple_of(pace) {
@@ -116,9 +116,12 @@ fn what_chance_makes_of_a_small_sample_is_no_saturation() {
             }
         })
     };
-    let verdicts = [(false, 1), (true, 1), (true, 10)].map(|(sampled, rate)| slower(sampled, rate));
-    assert_eq!(verdicts.clone().map(|j| j.generations), [17, 17, 177]);
-    assert_eq!(verdicts.map(|j| j.verdict), [Verdict::Suspect, Verdict::Leak, Verdict::Suspect]);
+    assert_eq!(slower((false, false), 1).verdict, Verdict::Suspect);
+    for kind in [(true, false), (false, true)] {
+        let verdicts = [1, 10].map(|rate| slower(kind, rate));
+        assert_eq!(verdicts.clone().map(|j| j.generations), [17, 177]);
+        assert_eq!(verdicts.map(|j| j.verdict), [Verdict::Leak, Verdict::Suspect]);
+    }
 }
 
 #[test]
