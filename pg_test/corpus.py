@@ -36,7 +36,7 @@ class Scenario:
     # All that stays in the process is of this one leak.
     alone: bool = False
     # It goes on, however slow the machine, for so many units, or until a walk has seen so many contexts: more than a
-    # cache of the server's may hold, or as many as a rare leak takes to be seen.
+    # cache of the server's may hold, as many as a rare leak takes to be seen, or until what is full is.
     enough: int = 0
     many: int = 0
     # Filled by the run.
@@ -78,8 +78,12 @@ class Scenario:
         return abs(sum(r["live_bytes"] for r in self.ours) - self.truth) / self.truth
 
 
-def module(name, function=None, **options):
-    return Scenario(name, True, [f"SELECT corpus_{name}()"], function=(function or f"{name}_site",), **options)
+# What the module's functions do shows by then: they have kept more than rheap.min_leak_bytes, or begun anew.
+UNITS = 200
+
+
+def module(name, enough=UNITS, **options):
+    return Scenario(name, True, [f"SELECT corpus_{name}()"], function=(f"{name}_site",), enough=enough, **options)
 
 
 def leaks():
@@ -97,7 +101,7 @@ def leaks():
         module("nine", also=("one_site",)),
         module("shared"), module("recursion"), module("late"), module("arrays", context="CacheMemoryContext"),
         module("numbers"), module("ways"), module("hollow", context="corpus hollow"),
-        Scenario("error path", True, ["SELECT corpus_error({n})"], function=("error_site",)),
+        Scenario("error path", True, ["SELECT corpus_error({n})"], function=("error_site",), enough=UNITS),
         Scenario("plpgsql functions", True, [
             "CREATE FUNCTION pg_temp.f{n}() RETURNS int LANGUAGE plpgsql AS 'BEGIN RETURN {n}; END'",
             "SELECT pg_temp.f{n}()", "DROP FUNCTION pg_temp.f{n}()"], function=("plpgsql_compile", "do_compile"),
@@ -161,7 +165,7 @@ def benign():
                " SET max_parallel_workers_per_gather = 0",
         "parallel plan": "SET parallel_setup_cost = 0; SET parallel_tuple_cost = 0; SET min_parallel_table_scan_size = 0",
     }
-    return [Scenario(n, False, [f"SELECT corpus_{n}()"]) for n in names] + [
+    return [Scenario(n, False, [f"SELECT corpus_{n}()"], enough=UNITS) for n in names] + [
         Scenario(n, False, work, setup=setup.get(n, "")) for n, work in sql.items()]
 
 

@@ -1,6 +1,5 @@
 //! What differs between major versions of the server. Nothing outside this file asks for the version.
 
-use core::cell::UnsafeCell;
 use core::ffi::{CStr, c_char, c_int, c_void};
 use pgrx::pg_sys;
 
@@ -179,57 +178,15 @@ pub fn raise_out_of_memory() {
 pub const NO_MEMORY_HINT: &CStr =
     c"An answer takes up to some hundred megabytes for a moment. Ask from another session, or raise the limit of this process's address space.";
 
-/// Where the server has what rheap asks for in each statement. The library has these addresses anyway, but on two pages
-/// that nothing else of a statement reads: a backend that is switched to reads each page anew.
-#[repr(C)]
-pub struct Places {
-    pub top: *const MemoryContext,
-    pub caches: *const MemoryContext,
-    pub transaction: *const MemoryContext,
-    statement_start: Option<unsafe extern "C-unwind" fn() -> i64>,
-}
-
-#[repr(transparent)]
-pub struct KnownPlaces(UnsafeCell<Places>);
-// SAFETY: written by `find_places`, before a hook or another process reads it.
-unsafe impl Sync for KnownPlaces {}
-/// Named for the hook's entries. All zero bytes, so that it lies beside what else a statement needs: see hot.ld.
-pub static PLACES: KnownPlaces = KnownPlaces(UnsafeCell::new(Places {
-    top: std::ptr::null(),
-    caches: std::ptr::null(),
-    transaction: std::ptr::null(),
-    statement_start: None,
-}));
-
-/// Before the hooks are installed.
-pub fn find_places() {
+/// When the statement at hand began, or the last one; microseconds since 2000-01-01.
+#[inline(always)]
+pub fn statement_start() -> i64 {
     // Declared here, since the bindings' wrapper does much more than the function.
     unsafe extern "C-unwind" {
         fn GetCurrentStatementStartTimestamp() -> i64;
     }
-    // SAFETY: addresses of the server's globals; nothing reads the places yet.
-    unsafe {
-        *PLACES.0.get() = Places {
-            top: &raw const pg_sys::TopMemoryContext,
-            caches: &raw const pg_sys::CacheMemoryContext,
-            transaction: &raw const pg_sys::TopTransactionContext,
-            statement_start: Some(GetCurrentStatementStartTimestamp),
-        };
-    }
-}
-
-/// For hooks that are installed.
-#[inline(always)]
-pub fn places() -> &'static Places {
-    // SAFETY: nobody writes there any more.
-    unsafe { &*PLACES.0.get() }
-}
-
-/// When the statement at hand began, or the last one; microseconds since 2000-01-01. For hooks that are installed.
-#[inline(always)]
-pub fn statement_start() -> i64 {
-    // SAFETY: returns a variable of the server; the hooks were installed after the places had been found.
-    unsafe { places().statement_start.unwrap_unchecked()() }
+    // SAFETY: returns a variable of the server.
+    unsafe { GetCurrentStatementStartTimestamp() }
 }
 
 /// What goes on between two messages.
@@ -243,11 +200,11 @@ pub enum Transaction {
     Block,
 }
 
-/// Whether this process is certainly in no transaction at all. For hooks that are installed.
+/// Whether this process is certainly in no transaction at all.
 #[inline(always)]
 pub fn is_without_transaction() -> bool {
     // SAFETY: a plain read of the server's global.
-    unsafe { (*places().transaction).is_null() }
+    unsafe { pg_sys::TopTransactionContext.is_null() }
 }
 
 /// The transaction that this process is in.

@@ -12,8 +12,8 @@ use pgrx::pg_sys::{self, MemoryContextData};
 use super::tables::{self, Entries, Pair, TABLES, Tables};
 use super::touch;
 use crate::ledger::{Ledger, cells, filter};
-use crate::pg_compat::{Alloc, Free, KIND_COUNT, MemoryContext, Methods, PLACES, Places, Realloc};
-use crate::process::{self, PLACE, PROCESS, Process};
+use crate::pg_compat::{Alloc, Free, KIND_COUNT, MemoryContext, Methods, Realloc};
+use crate::process::{self, PROCESS, Process};
 use crate::stack::{Regs, Stacks, callers};
 
 const METHODS: usize = offset_of!(MemoryContextData, methods);
@@ -29,8 +29,10 @@ const FILTER_RIGHT: u32 = 32 - filter::PLACES.ilog2();
 // On one page, with a line to spare for what else lies between the two: see hot.ld.
 const _: () = assert!(
     offset_of!(Tables, may_be_learned).is_multiple_of(4096)
-        && size_of::<Tables>() + 64 <= PLACE
-        && PLACE % 4096 + offset_of!(Process, ledger) + offset_of!(Ledger, pending) + 64 <= 4096
+        && size_of::<Tables>() - offset_of!(Tables, may_be_learned)
+            + offset_of!(Process, ledger)
+            + offset_of!(Ledger, pending)
+            < 4096 - 64
 );
 // The entries below compute by shifts and masks.
 const _: () = assert!(callers::CALLERS == 256);
@@ -75,14 +77,14 @@ macro_rules! first_touch {
                 "cmp qword ptr [rip + {tables} + {span}], 0",
                 "je 4f",
                 // The one context of each statement whose parent does not tell.
-                "mov rax, [rip + {places} + {transaction}]",
+                "mov rax, [rip + {transaction}@GOTPCREL]",
                 "cmp rdi, [rax]",
                 "jne 3f",
                 "lea rax, [rip + {tables} + {pass} + {pair}]",
                 "mov [rdi + {methods}], rax",
                 "jmp [rax + {active_alloc}]",
                 "3:",
-                "mov rax, [rip + {places} + {caches}]",
+                "mov rax, [rip + {caches}@GOTPCREL]",
                 "cmp rcx, [rax]",
                 "jne 4f",
                 "lea rax, [rip + {tables} + {watch} + {pair}]",
@@ -98,9 +100,8 @@ macro_rules! first_touch {
                 "mov rcx, rsp",
                 "mov r8, rbp",
                 "jmp {slow}",
-                places = sym PLACES,
-                transaction = const offset_of!(Places, transaction),
-                caches = const offset_of!(Places, caches),
+                transaction = sym pg_sys::TopTransactionContext,
+                caches = sym pg_sys::CacheMemoryContext,
                 parent = const offset_of!(MemoryContextData, parent),
                 context_name = const offset_of!(MemoryContextData, name),
                 methods = const METHODS,

@@ -23,7 +23,6 @@ use pgrx::pg_sys;
 /// Called once per process tree, from `_PG_init`.
 pub unsafe fn install() -> Result<(), String> {
     pg_compat::layout_fits()?;
-    pg_compat::find_places();
     // SAFETY: the server has set TopMemoryContext before it loads any library.
     unsafe {
         let bases = pg_compat::base_tables();

@@ -80,8 +80,6 @@ pub struct Ledger {
     records: Index,
     contexts: Table<Context>,
     sites: Table<SiteKey>,
-    /// To the next cache line, on which lies what each statement needs.
-    _apart: [u64; 2],
     /// Exact, and within the memory.
     quick: bool,
     /// The memory is used up: less is followed than the mode says.
@@ -123,7 +121,6 @@ impl Ledger {
             filter: Filter::new(),
             pending: Pending::new(),
             precision: Precision::Exact,
-            _apart: [0; 2],
             quick: false,
             rates: Rates::new(),
             rng: Rng::unseeded(),

@@ -10,14 +10,12 @@ mod out_of_memory;
 mod statements;
 
 use std::cell::UnsafeCell;
-use std::mem::offset_of;
 use std::sync::atomic::{AtomicU64, Ordering::*, compiler_fence};
 
 use pgrx::pg_sys;
 
 use crate::ledger::Ledger;
 use crate::ledger::account::{Site, Stamp};
-use crate::ledger::cells::Cells;
 use crate::ledger::region::Budget;
 use crate::pg_compat;
 use crate::settings::{self, Mode};
@@ -25,7 +23,6 @@ use crate::share::Share;
 use crate::share::pool::{CHUNK, Cursor};
 use crate::share::row::Row;
 use crate::share::slot::{POSTMASTER, Slot};
-use crate::stack::callers::Callers;
 use crate::stack::{Stacks, Unwinder};
 use crate::walk::Walk;
 pub use chunks::*;
@@ -65,9 +62,9 @@ enum Full {
 }
 
 /// In this order, so that what every process writes lies on one page with what it writes of the hook's tables: all up
-/// to the ledger's pending chunks. What each statement needs lies on three cache lines of it: the first, the beginning of
-/// the walk, and the end of that part of the ledger. Those that have to walk a stack write the end of the stacks and the
-/// beginning of the unwinder, too.
+/// to the ledger's pending chunks. What each statement needs comes first, is the beginning of the walk, and the end of
+/// that part of the ledger. Those that have to walk a stack write the end of the stacks and the beginning of the
+/// unwinder, too.
 #[repr(C, align(64))]
 pub struct Process {
     state: State,
@@ -124,15 +121,6 @@ pub struct Process {
     pub stacks: Stacks,
     unwinder: Unwinder,
 }
-
-/// Where hot.ld puts it, so that what each statement reads lies on as few pages as it can: on one all that comes before
-/// the ledger's pending chunks, on two the gaps of the cells, on one the callers.
-pub const PLACE: usize = 0x2ac0;
-const _: () = {
-    let gaps = PLACE + offset_of!(Process, ledger) + offset_of!(Ledger, cells) + offset_of!(Cells, gaps);
-    let callers = PLACE + offset_of!(Process, stacks) + offset_of!(Stacks, callers);
-    assert!(gaps.is_multiple_of(4096) && callers % 4096 + size_of::<Callers>() <= 4096);
-};
 
 #[repr(transparent)]
 pub struct Global(UnsafeCell<Process>);

@@ -53,14 +53,12 @@ impl Entry for Known {
 pub struct Stacks {
     memory: Memory,
     known: Table<Known>,
-    /// To the end of a page: see `PLACE` in process/mod.rs.
-    _apart: [u8; 0x4e0],
     pub callers: Callers,
 }
 
 impl Stacks {
     pub const fn new() -> Self {
-        Stacks { callers: Callers::new(), memory: Memory::new(), known: Table::new(), _apart: [0; 0x4e0] }
+        Stacks { callers: Callers::new(), memory: Memory::new(), known: Table::new() }
     }
 
     /// The stack from this stack pointer on, if it is one of those met lately.

@@ -4,7 +4,7 @@
 
 use crate::hook;
 use crate::ledger::Due;
-use crate::pg_compat::{self, MemoryContext};
+use crate::pg_compat::MemoryContext;
 use crate::process::Process;
 use pgrx::pg_sys;
 
@@ -28,9 +28,8 @@ impl Moved {
 pub unsafe fn look(process: &mut Process) {
     // SAFETY: the links of a consistent tree, which has a root.
     unsafe {
-        let places = pg_compat::places();
-        let (caches, [of_caches, of_top]) = (*places.caches, process.walk.moved.0);
-        if (caches.is_null() || (*caches).firstchild == of_caches) && (**places.top).firstchild == of_top {
+        let (caches, [of_caches, of_top]) = (pg_sys::CacheMemoryContext, process.walk.moved.0);
+        if (caches.is_null() || (*caches).firstchild == of_caches) && (*pg_sys::TopMemoryContext).firstchild == of_top {
             return;
         }
         look_closer(process);
