@@ -88,6 +88,10 @@ impl Cells {
 
     /// Back to zero, which the pages of most processes never leave.
     pub fn clear(&mut self) {
+        // A forked child's are, and to write here would cost it the copy of a page.
+        if self.are_clear() {
+            return;
+        }
         if std::mem::replace(&mut self.used, false) {
             self.gaps.fill(0);
             self.cells.fill(NEW);
@@ -95,6 +99,11 @@ impl Cells {
         (self.rate, self.floor) = (0, 0);
         // Work done until now counts for nothing.
         (self.budget, self.granted) = (BUDGET, u32::MAX);
+    }
+
+    /// As `clear` leaves them.
+    fn are_clear(&self) -> bool {
+        !self.used && (self.rate, self.floor, self.budget, self.granted) == (0, 0, BUDGET, u32::MAX)
     }
 
     /// No cell shall be followed more densely than this from now on.
