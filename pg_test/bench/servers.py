@@ -6,7 +6,7 @@ import shutil
 import statistics
 import subprocess
 import time
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from cluster import HERE, Cluster, run
@@ -111,27 +111,25 @@ def under_uprobe(cluster, part=LEAK.replace("10000000", "1000000")):
             probe.kill()
 
 
-def connection_storm(pg_config, major, rounds=60, connections=200):
-    """Connections one after another, in alternating runs. One cluster is started anew for each: two that are configured
-    alike differ by several per cent, for as long as they run, so that many starts tell more than many connections."""
-    with Cluster(pg_config) as cluster:
-        cluster.pgbench("-i", "-q")
+def connection_storm(pg_config, major, starts=10, connections=1200):
+    """Processor time of a connection that selects once and leaves, the postmaster's fork included, of three servers at
+    once: see `pgbench_select`. Two servers that are configured alike differ by some per cent for as long as they run, so
+    each is started anew so often."""
 
-        def connect(count):
-            cluster.pgbench("-n", "-C", "-S", "-c", "2", "-t", str(count // 2))
+    def connect(clusters, count):
+        at_once(clusters, "-n", "-C", "-S", "-c", "2", "-t", str(count // 2))
 
-        def once(preload):
-            cluster.restart(shared_preload_libraries=preload)
-            connect(connections // 5)
-            start = time.monotonic()
-            connect(connections)
-            return time.monotonic() - start
-
-        measured = alternating({"without": "", "sampled": "rheap", "without again": ""}, once, rounds)
-        dearer = {name: f"{(ratio - 1) * 100:+.1f} %" for name, (_, ratio) in measured.items()}
+    with three_servers(pg_config) as (clusters, restart):
+        used = {name: 0 for name in clusters}
+        for _ in range(starts):
+            restart()
+            # A first connection of a server has more to do.
+            connect(clusters.values(), 20)
+            used = count(used, clusters, lambda: connect(clusters.values(), connections))
+        each, dearer = compared(used, starts * connections)
         yield (
-            f"{major}: {rounds * connections:,} connections, {connections / measured['without'][0]:.0f} per second without rheap",
-            f"{dearer['sampled']} (without again: {dearer['without again']})",
+            f"{major}: {starts * connections:,} connections: {each * 1e3:.2f} ms of processor time without rheap, with it",
+            dearer,
             "+2 %",
         )
 
@@ -199,16 +197,16 @@ def readers(pg_config, backends=100, sites=2000):
 
 
 def processor_time(pid):
-    """Seconds that the children of a process that have ended have used, in the kernel and outside it."""
+    """Seconds that a process and its children that have ended have used, in the kernel and outside it."""
     fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
-    return (int(fields[13]) + int(fields[14])) / os.sysconf("SC_CLK_TCK")
+    return sum(map(int, fields[11:15])) / os.sysconf("SC_CLK_TCK")
 
 
-def pgbench_select(pg_config, clients=(1, 10, 100), starts=4, sessions=100, transactions=2000):
-    """Processor time of a transaction, of three servers at once that share one processor: they take turns within
-    milliseconds, so that whatever else the machine does meets all of them alike. Runs one after another differ by a
-    sixth, whatever is loaded. So many backends leave each other next to nothing in the processor's caches. However many
-    clients there are at a time, there are as many sessions, and as long ones."""
+@contextmanager
+def three_servers(pg_config):
+    """(servers by name, a function that starts them anew): without rheap, with it, and without again, all on one processor.
+    They take turns within milliseconds, so that whatever else the machine does meets all of them alike; runs one after
+    another differ by a sixth, whatever is loaded."""
     preloads = {"without": "", "sampled": "rheap", "without again": ""}
     processors = os.sched_getaffinity(0)
     os.sched_setaffinity(0, {max(processors)})
@@ -217,28 +215,52 @@ def pgbench_select(pg_config, clients=(1, 10, 100), starts=4, sessions=100, tran
             clusters = {name: stack.enter_context(Cluster(pg_config, max_connections=120)) for name in preloads}
             for cluster in clusters.values():
                 cluster.pgbench("-i", "-q")
-            for n in clients:
-                used = {name: 0 for name in clusters}
-                for _ in range(starts):
-                    for name, cluster in clusters.items():
-                        cluster.restart(shared_preload_libraries=preloads[name])
-                        used[name] -= processor_time(cluster.postmaster)
-                    for _ in range(sessions // n):
-                        at_once(clusters.values(), "-n", "-S", "-M", "prepared", "-c", str(n), "-t", str(transactions))
-                    # The time of a backend counts once it is gone.
-                    time.sleep(0.5)
-                    for name, cluster in clusters.items():
-                        used[name] += processor_time(cluster.postmaster)
-                base = used["without"]
-                dearer = {name: f"{(time_used / base - 1) * 100:+.1f} %" for name, time_used in used.items()}
-                each = base / (starts * sessions * transactions)
-                yield (
-                    f"pgbench -S -M prepared, {n} clients: {each * 1e6:.1f} us of processor time without rheap, with it",
-                    f"{dearer['sampled']} (without again: {dearer['without again']})",
-                    "flat",
-                )
+
+            def restart():
+                for name, cluster in clusters.items():
+                    cluster.restart(shared_preload_libraries=preloads[name])
+
+            yield clusters, restart
     finally:
         os.sched_setaffinity(0, processors)
+
+
+def count(used, clusters, work):
+    """Adds the processor time that each server uses for some work."""
+    before = {name: processor_time(cluster.postmaster) for name, cluster in clusters.items()}
+    work()
+    # The time of a backend counts once it is gone.
+    time.sleep(0.5)
+    return {name: used[name] + processor_time(c.postmaster) - before[name] for name, c in clusters.items()}
+
+
+def compared(used, units):
+    """(seconds a unit without rheap, what the others take more)"""
+    base = used["without"]
+    dearer = {name: f"{(time_used / base - 1) * 100:+.1f} %" for name, time_used in used.items()}
+    return base / units, f"{dearer['sampled']} (without again: {dearer['without again']})"
+
+
+def pgbench_select(pg_config, clients=(1, 10, 100), starts=4, sessions=100, transactions=2000):
+    """Processor time of a transaction, of three servers at once. So many backends on one processor leave each other next
+    to nothing in its caches. However many clients there are at a time, there are as many sessions, and as long ones."""
+    with three_servers(pg_config) as (clusters, restart):
+        for n in clients:
+            used = {name: 0 for name in clusters}
+
+            def work():
+                for _ in range(sessions // n):
+                    at_once(clusters.values(), "-n", "-S", "-M", "prepared", "-c", str(n), "-t", str(transactions))
+
+            for _ in range(starts):
+                restart()
+                used = count(used, clusters, work)
+            each, dearer = compared(used, starts * sessions * transactions)
+            yield (
+                f"pgbench -S -M prepared, {n} clients: {each * 1e6:.1f} us of processor time without rheap, with it",
+                dearer,
+                "flat",
+            )
 
 
 def at_once(clusters, *pgbench):
