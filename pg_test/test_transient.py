@@ -90,3 +90,34 @@ def test_prepared_statements_that_are_deallocated_hold_nothing(exact, session):
         f"SELECT function, live_count FROM rheap_call_sites({session.pid}) WHERE context LIKE '%CachedPlan%' AND live_count > 0"
     )
     assert held == []
+
+
+def test_a_look_into_a_command_that_returns_rows_does_not_make_later_ones_dearer(exact, session):
+    """Its rows lie in a context like those of a cursor that is held, which is watched from birth once one was found."""
+    stores = (
+        f"SELECT sum(alloc_count) FROM rheap_call_sites({session.pid}) WHERE context LIKE '%/PortalHoldContext'"
+    )
+    session("PREPARE long AS SELECT sum(random()) FROM generate_series(1, 20000000)")
+    session("PREPARE short AS SELECT 1")
+    session("SET rheap.walk_interval = '100ms'")
+    session.send("EXECUTE long")
+    looked = 0
+    while running(exact, session.pid):
+        looked += int(exact.sql(
+            f"SELECT count(*) FROM rheap_contexts({session.pid}) WHERE path LIKE '%/PortalHoldContext' AND contexts > 0"
+        ))
+        time.sleep(0.1)
+    session.receive()
+    assert looked > 2, "no walk came while it ran"
+    for _ in range(100):
+        session("EXECUTE short")
+    assert exact.sql(stores) == "", "watched"
+    # One that is held is found, and the second is watched from birth; but what EXECUTE uses still is not.
+    for name in ("one", "two"):
+        session(f"DECLARE {name} CURSOR WITH HOLD FOR SELECT * FROM generate_series(1, 1000)")
+        session("SELECT pg_sleep(0.2)")
+    held = int(exact.sql(stores))
+    assert held > 0
+    for _ in range(100):
+        session("EXECUTE short")
+    assert int(exact.sql(stores)) == held

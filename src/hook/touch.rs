@@ -44,6 +44,23 @@ unsafe fn is_of_portals(context: MemoryContext) -> bool {
     }
 }
 
+/// Whether a context among the portals is for rows: those of a cursor WITH HOLD, or of a command like EXECUTE or SHOW,
+/// which go when it is done.
+///
+/// # Safety
+/// A live context.
+unsafe fn is_store(context: MemoryContext) -> bool {
+    // SAFETY: the caller's promise.
+    unsafe { is_named(context, c"PortalHoldContext") }
+}
+
+/// A cursor WITH HOLD gets its store at the end of the transaction, when no portal runs. Nothing else tells the two kinds
+/// of stores apart.
+fn runs_portal() -> bool {
+    // SAFETY: a plain read of the server's global.
+    unsafe { !pg_sys::ActivePortal.is_null() }
+}
+
 /// Whether a context ends with a message, a transaction or a portal, judged by the tree as it is now.
 ///
 /// # Safety
@@ -57,8 +74,7 @@ pub unsafe fn is_transient(context: MemoryContext) -> bool {
                 return true;
             }
             if is_of_portals(at) {
-                // The rows of a cursor WITH HOLD are among the portals, but not for one transaction.
-                return below == at || !is_named(below, c"PortalHoldContext");
+                return below == at || !is_store(below) || runs_portal();
             }
             // A sender runs one command, for as long as it lives, within a message that never ends.
             if pg_sys::MyBackendType == pg_sys::BackendType::B_WAL_SENDER
@@ -103,7 +119,7 @@ pub unsafe fn decide(context: MemoryContext) -> Table {
         }
         let transient = match () {
             _ if settings::scope_all() => context == pg_sys::ErrorContext,
-            _ => is_transient(context) && !tables::is_learned((*context).name),
+            _ => is_transient(context) && (!tables::is_learned((*context).name) || is_store(context)),
         };
         if context == pg_sys::MessageContext {
             crate::process::first_message();
