@@ -11,7 +11,7 @@ use crate::{pg_compat, settings};
 /// Recorded allocations between two looks at the clock within a statement, and within a sender's command, which has no
 /// end and uses little processor time.
 pub(super) const LOOK: u32 = 256;
-pub(super) const SENDERS_LOOK: u32 = 16;
+pub(super) const SENDERS_LOOK: u32 = 4;
 
 impl Process {
     /// Looks at the clock, and walks if it is time.

@@ -160,12 +160,13 @@ pub fn judge(e: &Evidence) -> Judgement {
         let lives = format!("chunks live up to {} {} here and are freed then", e.longest_life, e.unit);
         return done(Verdict::Cache, 0.1, format!("{lives}, and none alive is much older; {fate}"));
     }
-    let kept_pace = ages.later_bytes / ages.earlier_bytes.max(1.0);
+    let (earlier, later) = halves(e, &ages);
+    let kept_pace = later / earlier.max(1.0);
     if kept_pace < SATURATED {
         let halves = format!(
             "{} joined in the later half of its life, {} in the earlier",
-            bytes(ages.later_bytes as u64),
-            bytes(ages.earlier_bytes as u64)
+            bytes(later as u64),
+            bytes(earlier as u64)
         );
         return done(Verdict::Cache, 0.2, format!("growth saturates: {halves}; {fate}"));
     }
@@ -234,6 +235,24 @@ impl Evidence {
     fn span(&self) -> u64 {
         self.epoch.max(self.last_epoch).saturating_sub(self.first_epoch) as u64 + 1
     }
+}
+
+/// Bytes alive that joined in the earlier half of its life, and in the later. Windows of time are of any length on a busy
+/// machine, so where they are the epochs, the halves are of time, as long as the walks go back to its middle.
+fn halves(e: &Evidence, ages: &Ages) -> (f64, f64) {
+    let by_age = (ages.earlier_bytes, ages.later_bytes);
+    let (true, Some(&(oldest, _)), Some(&(end, alive))) = (e.timed, e.series.first(), e.series.last()) else {
+        return by_age;
+    };
+    let middle = e.first_seen + (end - e.first_seen) / 2;
+    let Some(next) = e.series.iter().position(|&(t, _)| t > middle) else { return by_age };
+    if middle < oldest {
+        return by_age;
+    }
+    let (t0, b0) = if e.series[next - 1].0 < e.first_seen { (e.first_seen, 0) } else { e.series[next - 1] };
+    let (t1, b1) = e.series[next];
+    let at_middle = b0 as f64 + (b1 as f64 - b0 as f64) * (middle - t0) as f64 / (t1 - t0) as f64;
+    (at_middle, (alive as f64 - at_middle).max(0.0))
 }
 
 /// Bytes per second by least squares over the windows, or over the site's life where there are none yet.

@@ -125,6 +125,31 @@ fn what_chance_makes_of_a_small_sample_or_of_few_windows_is_no_saturation() {
 }
 
 #[test]
+fn windows_of_time_of_any_length_are_judged_by_the_time_that_they_took() {
+    // Kilobytes at the ends of four windows of 25, 20, 10 seconds and one that has just begun.
+    let of = |timed: bool, walks: [(i64, u64); 5]| {
+        let mut e = Evidence { unit: "windows of time", timed, sampled: true, bin_width: 1, ..Evidence::default() };
+        (e.first_epoch, e.last_epoch, e.epoch, e.first_seen) = (1, 4, 4, 1);
+        e.series = walks.iter().map(|&(s, kilobytes)| (s * 1_000_000 + 1, kilobytes * 1000)).collect();
+        for (i, pair) in walks.windows(2).enumerate() {
+            let kilobytes = pair[1].1 - pair[0].1;
+            e.ages[i] = Age { records: kilobytes as u32, generations: 1, bytes: kilobytes * 1000 };
+        }
+        let (now, alive) = *e.series.last().unwrap();
+        (e.now, e.last_seen, e.live_bytes, e.alloc_bytes) = (now, now, alive, alive);
+        (e.live_count, e.alloc_count) = (alive / CHUNK, alive / CHUNK);
+        judge(&e)
+    };
+    let steady = [(0, 0), (25, 2500), (45, 4500), (55, 5500), (56, 5600)];
+    let j = of(true, steady);
+    assert_eq!((j.verdict, j.confidence, j.generations), (Verdict::Leak, 0.74, 4), "{j:?}");
+    assert_eq!(of(false, steady).verdict, Verdict::Suspect);
+    let j = of(true, [(0, 0), (25, 2500), (45, 2600), (55, 2700), (56, 2710)]);
+    assert_eq!(j.verdict, Verdict::Cache, "{j:?}");
+    assert!(j.reason.starts_with("growth saturates: 190 kB joined in the later half of its life, 2.40 MB in"), "{j:?}");
+}
+
+#[test]
 fn a_few_samples_that_stand_for_much_are_no_saturation() {
     let mut b = Bench::new();
     b.e.sampled = true;
